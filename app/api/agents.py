@@ -1,0 +1,73 @@
+"""Agents."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from llama_stack.apis.agents import Agent, AgentConfig, AgentCreateResponse
+from llama_stack.apis.common.responses import PaginatedResponse
+from pydantic import BaseModel
+
+from app.api.errors import answers
+from app.api.identifiers import AgentId
+from app.api.service import JSON, CurrentService, Owner
+from app.api.validation import check_agent_config
+from app.domain import shapes
+from app.domain.errors import TurnFailure
+from app.store import agents
+from app.store.agents import AgentRow
+
+router = APIRouter(tags=["Agents"])
+
+DELETED = TurnFailure("deleted", "The agent or session of this turn was deleted.")
+PageStart = Annotated[int, Query(ge=0, le=2**31 - 1)]
+PageLimit = Annotated[int, Query(ge=1, le=1000)]
+
+
+class CreateAgent(BaseModel):
+    agent_config: AgentConfig
+
+
+@router.post("/agents", **answers(AgentCreateResponse))
+async def create_agent(body: CreateAgent, service: CurrentService, owner: Owner) -> JSON:
+    """Create an agent with the given configuration."""
+    check_agent_config(body.agent_config)
+    agent_id = str(uuid.uuid4())
+    config = body.agent_config.model_dump(mode="json")
+    await service.store.run(agents.create_agent, owner, agent_id, config)
+    return {"agent_id": agent_id}
+
+
+@router.get("/agents", **answers(PaginatedResponse))
+async def list_agents(
+    request: Request, service: CurrentService, owner: Owner, start_index: PageStart = 0, limit: PageLimit = 100
+) -> JSON:
+    """List agents, oldest first."""
+    rows, has_more = await service.store.run(agents.list_agents, owner, start_index, limit)
+    return {"data": [_shape(row) for row in rows], "has_more": has_more, "url": request.scope["route"].path}
+
+
+@router.get("/agents/{agent_id}", **answers(Agent))
+async def get_agent(agent_id: AgentId, service: CurrentService, owner: Owner) -> JSON:
+    """Describe an agent."""
+    return _shape(await service.store.run(agents.get_agent, owner, agent_id))
+
+
+@router.delete("/agents/{agent_id}", status_code=204)
+async def delete_agent(agent_id: AgentId, service: CurrentService, owner: Owner) -> Response:
+    """Delete an agent, its sessions and turns. What runs there is cancelled and its streams end first."""
+    unfinished = await service.store.run(agents.mark_agent_deleted, owner, agent_id)
+    await end_all(service, unfinished)
+    return Response(status_code=204)
+
+
+async def end_all(service: CurrentService, turn_ids: list[str]) -> None:
+    """Ends the turns of something deleted; those that run are cancelled by their workers."""
+    for turn_id in reversed(turn_ids):
+        await service.end(turn_id, DELETED)
+
+
+def _shape(row: AgentRow) -> JSON:
+    return {"agent_id": row.agent_id, "agent_config": row.config, "created_at": shapes.iso(row.created_at)}

@@ -1,0 +1,70 @@
+"""One status for each error, in the shapes of the 0.3.5 server: `{"detail": …}`, and for a bad body each field."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from app.domain.errors import CaravanError, Conflict, InvalidRequest, NotFound, TooLarge, TurnFailure, Unavailable
+
+logger = logging.getLogger(__name__)
+
+STATUSES: dict[type[CaravanError], int] = {
+    InvalidRequest: 400,
+    NotFound: 404,
+    Conflict: 409,
+    TooLarge: 413,
+    Unavailable: 503,
+}
+
+
+class ErrorDetail(BaseModel):
+    """What every error of ours says."""
+
+    detail: str
+
+
+def answers(model: type[BaseModel]) -> dict[str, Any]:
+    """A route's answer as documented. Routes give plain JSON values in that shape: what is stored is sent as it is."""
+    return {
+        "response_model": None,
+        "responses": {200: {"model": model}, 404: {"model": ErrorDetail}, 503: {"model": ErrorDetail}},
+    }
+
+
+def failure_status(failure: TurnFailure) -> int:
+    """The status of a turn that failed while its client waited without a stream: SDKs retry 5xx and 409, so neither
+    is given where a retry would run the turn again for nothing."""
+    if failure.code == "model_error" and failure.status is not None and 400 <= failure.status < 500:
+        return failure.status if failure.status not in (408, 409, 429) else 424
+    return 424
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(CaravanError, _error)
+
+
+async def _error(request: Request, error: Exception) -> JSONResponse:
+    status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = "2"
+    if isinstance(error, Conflict):
+        headers["x-should-retry"] = "false"
+    if status >= 500:
+        logger.error("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse({"detail": str(error)}, status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    errors: list[dict[str, Any]] = [
+        {"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in error.errors()
+    ]
+    return JSONResponse({"error": {"detail": {"errors": errors}}}, 400)

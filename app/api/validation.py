@@ -1,0 +1,26 @@
+"""What is wrong with a request though its shape is right, told before anything is stored."""
+
+from __future__ import annotations
+
+from llama_stack.apis.agents import AgentConfig
+
+from app.domain.errors import InvalidRequest
+
+
+def check_agent_config(config: AgentConfig) -> None:
+    """Raises InvalidRequest, naming the field."""
+    for field in ("input_shields", "output_shields"):
+        if getattr(config, field):
+            raise InvalidRequest(f"agent_config.{field}: shields are not supported by this version")
+    names = [tool.name for tool in config.client_tools or []]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InvalidRequest(f"agent_config.client_tools: {', '.join(sorted(twice))} is there twice")
+    if config.max_infer_iters is not None and config.max_infer_iters < 1:
+        raise InvalidRequest("agent_config.max_infer_iters: must be at least 1")
+
+
+def check_text(field: str, text: str) -> None:
+    """Raises InvalidRequest: Postgres stores no U+0000 in a name."""
+    if "\0" in text:
+        raise InvalidRequest(f"{field}: must not contain the character U+0000")

@@ -1,0 +1,112 @@
+"""Builds the web application: settings, lifespan, middleware, our routes, and the Llama Stack's own routes behind them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from app.api import agents, errors, sessions, turns
+from app.api.limits import BodyLimit
+from app.api.service import Service, StoreRecords
+from app.dispatch import Doorbell
+from app.domain.errors import Unavailable
+from app.endings import Endings
+from app.events.follow import Relay
+from app.events.log import EventLog, SyncLog
+from app.settings import Settings, SettingsError
+from app.stack.mounted import create_stack_app, stack_lifespan
+from app.store import Store, migrate, workers
+from app.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = (
+    "Llama Stack agents on a Web-Queue-Worker pattern. The Llama Stack's other routes are served beside these."
+)
+
+
+def create_main(settings: Settings) -> FastAPI:
+    """The application that `uvicorn app:main` serves. Exits with one line if Postgres or its schema is missing."""
+    try:
+        require_schema(settings)
+    except (SettingsError, Unavailable) as error:
+        sys.exit(f"caravan: {error}")
+    return create_app(settings)
+
+
+def require_schema(settings: Settings) -> None:
+    """Raises SettingsError: the database has another revision than this version needs. Raises Unavailable."""
+    store = Store(settings.sqlalchemy_url, pool_size=1, name="start")
+    try:
+        revision = store.transact(migrate.current)
+    finally:
+        store.close()
+    if revision != migrate.head():
+        found = f"revision {revision}" if revision else "no schema"
+        raise SettingsError(f"the database has {found}, this version needs {migrate.head()}: run `caravan migrate`")
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application for given settings; the lifespan opens and closes everything."""
+    store = Store(settings.sqlalchemy_url, pool_size=settings.database_pool_size, name="web")
+
+    async def registry_changed() -> None:
+        await store.run(workers.bump_registry_version)
+
+    stack = create_stack_app(settings, registry_changed)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as opened:
+            app.state.service = await _open(settings, store, opened)
+            await opened.enter_async_context(stack_lifespan(stack))
+            yield
+
+    app = FastAPI(
+        title="Caravan", description=DESCRIPTION, version=version("caravan-agents"), lifespan=lifespan, redoc_url=None
+    )
+    for prefix in ("/v1", "/v1alpha"):
+        for module in (agents, sessions, turns):
+            app.include_router(module.router, prefix=prefix, include_in_schema=prefix == "/v1alpha")
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.request_max_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Location", "X-Turn-Id", "X-Turn-Status"],
+        )
+    app.mount("/", stack)
+    return app
+
+
+async def _open(settings: Settings, store: Store, opened: AsyncExitStack) -> Service:
+    opened.callback(store.close)
+    log = EventLog(settings.redis_url.get_secret_value())
+    opened.push_async_callback(log.close)
+    sync_log = SyncLog(settings.redis_url.get_secret_value())
+    opened.callback(sync_log.close)
+    doorbell = Doorbell()
+    opened.callback(doorbell.close)
+    upkeep_store = Store(settings.sqlalchemy_url, pool_size=1, name="web-upkeep")
+    opened.callback(upkeep_store.close)
+    upkeep = Upkeep(settings, Endings(upkeep_store, sync_log, doorbell))
+    upkeep.start()
+    opened.callback(upkeep.stop)
+    relay = await opened.enter_async_context(
+        Relay(
+            log,
+            StoreRecords(store),
+            silence_seconds=settings.silence_seconds,
+            buffer_bytes=settings.stream_buffer_bytes,
+        )
+    )
+    return Service(settings, store, relay, doorbell, Endings(store, sync_log, doorbell))

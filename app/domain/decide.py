@@ -1,0 +1,109 @@
+"""What a turn does next: a pure function of what is recorded.
+
+Recovery is no special case: a new attempt calls the same function on the same journal. Behaviour follows llama_stack
+0.3.5's `ChatAgent` (`agent_instance.py`), with the deviations that `tests/conformance` lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llama_stack.apis.agents import AgentConfig, InferenceStep, Step, ToolExecutionStep
+from llama_stack.apis.inference import CompletionMessage, StopReason, ToolCall, ToolResponse
+
+
+@dataclass(frozen=True)
+class Infer:
+    """Ask the model."""
+
+
+@dataclass(frozen=True)
+class RunTools:
+    """Run these server tool calls of the inference step at `ordinal`, given as (index in its message, call)."""
+
+    ordinal: int
+    calls: tuple[tuple[int, ToolCall], ...]
+
+
+@dataclass(frozen=True)
+class RecordResponses:
+    """Record the step of the client tool calls that the client answered."""
+
+    calls: tuple[ToolCall, ...]
+    responses: tuple[ToolResponse, ...]
+
+
+@dataclass(frozen=True)
+class AwaitInput:
+    """End the leg: the client is asked to run the tool calls of `message`."""
+
+    message: CompletionMessage
+
+
+@dataclass(frozen=True)
+class Finish:
+    """End the turn with `message`."""
+
+    message: CompletionMessage
+
+
+Action = Infer | RunTools | RecordResponses | AwaitInput | Finish
+
+
+def decide(config: AgentConfig, journal: Sequence[Step], responses: Mapping[int, Sequence[ToolResponse]]) -> Action:
+    """The next action of a turn.
+
+    `journal`: the turn's recorded steps, in order. `responses`: the client's tool responses, by the ordinal (index in
+    the journal) of the inference step that asked for them.
+    """
+    ordinal = _last_inference(journal)
+    if ordinal is None:
+        return Infer()
+    message = journal[ordinal].model_response
+    iterations = sum(isinstance(step, InferenceStep) for step in journal)
+    if iterations >= (config.max_infer_iters or 10):
+        return _settle(message, StopReason.end_of_turn)
+    if message.stop_reason == StopReason.out_of_tokens:
+        return _settle(message, StopReason.out_of_tokens)
+    if not message.tool_calls:
+        return Finish(message) if message.stop_reason == StopReason.end_of_turn else Infer()
+    return _after_tool_calls(config, journal, ordinal, responses.get(ordinal))
+
+
+def _after_tool_calls(
+    config: AgentConfig, journal: Sequence[Step], ordinal: int, responses: Sequence[ToolResponse] | None
+) -> Action:
+    """Server tools first, in one parallel action; then the client's, all in one step; then the model again.
+
+    Answered calls are told by counting steps, never by the model's call ids, which may be empty or repeat.
+    """
+    message = journal[ordinal].model_response
+    client_calls, server_calls = split_calls(config, message)
+    answered = sum(isinstance(step, ToolExecutionStep) for step in journal[ordinal + 1 :])
+    if answered < len(server_calls):
+        return RunTools(ordinal, tuple(server_calls[answered:]))
+    if not client_calls or answered > len(server_calls):
+        return Infer()
+    if responses is not None:
+        return RecordResponses(tuple(client_calls), tuple(responses))
+    return AwaitInput(
+        message.model_copy(update={"tool_calls": client_calls, "stop_reason": StopReason.end_of_message}, deep=True)
+    )
+
+
+def split_calls(config: AgentConfig, message: CompletionMessage) -> tuple[list[ToolCall], list[tuple[int, ToolCall]]]:
+    """(the client's calls, the server's calls with their index in the message)."""
+    client_tools = {tool.name for tool in config.client_tools or []}
+    client = [call for call in message.tool_calls if call.tool_name in client_tools]
+    server = [(index, call) for index, call in enumerate(message.tool_calls) if call.tool_name not in client_tools]
+    return client, server
+
+
+def _settle(message: CompletionMessage, stop_reason: StopReason) -> Finish:
+    """Ends a turn that ran out of iterations or tokens: nobody will run the calls that are left, so none are asked for."""
+    return Finish(message.model_copy(update={"tool_calls": [], "stop_reason": stop_reason}, deep=True))
+
+
+def _last_inference(journal: Sequence[Step]) -> int | None:
+    return next((i for i in range(len(journal) - 1, -1, -1) if isinstance(journal[i], InferenceStep)), None)

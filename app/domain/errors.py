@@ -1,0 +1,67 @@
+"""The one exception root, and every error that crosses a room's border.
+
+`CaravanError`s carry a message meant for the person who reads it. The API maps each class to one HTTP status
+(`app.api.errors`). `TurnFailure` is different: it is how a turn ends, stored with it and sent as its last event.
+"""
+
+from typing import Any, Literal
+
+FailureCode = Literal[
+    "cancelled",
+    "superseded",
+    "deleted",
+    "model_error",
+    "internal_error",
+    "worker_lost",
+    "queue_wait_exceeded",
+    "input_wait_exceeded",
+    "turn_timeout",
+    "invalid_request",
+]
+
+
+class CaravanError(Exception):
+    """Root of all errors of this project."""
+
+
+class NotFound(CaravanError):
+    """There is no such thing, or it belongs to another principal (404)."""
+
+    def __init__(self, noun: str, identifier: str) -> None:
+        super().__init__(f"{noun} '{identifier}' not found")
+
+
+class InvalidRequest(CaravanError):
+    """The request itself is wrong, whatever its timing (400)."""
+
+
+class Conflict(CaravanError):
+    """The request is right, but not now: another one got there first (409)."""
+
+
+class TooLarge(CaravanError):
+    """The request is over a limit (413)."""
+
+
+class Unavailable(CaravanError):
+    """A server that this needs cannot be reached; worth trying again later (503)."""
+
+
+class AttemptLost(CaravanError):
+    """This worker no longer owns the turn: somebody claimed, requeued or ended it. Final for the attempt, not the turn."""
+
+
+class TurnFailure(CaravanError):
+    """Why a turn failed or was cancelled: `{"code", "message"}` in its row and in its terminal event.
+
+    `status` is the HTTP status of the model's answer where the model caused it, else None.
+    """
+
+    def __init__(self, code: FailureCode, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = status
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, **({"status": self.status} if self.status else {})}

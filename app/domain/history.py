@@ -1,0 +1,69 @@
+"""What the model is given: a session's turns as messages, with every tool call answered.
+
+Follows `ChatAgent.turn_to_messages` of llama_stack 0.3.5. A call that never got an answer (its turn was cancelled,
+failed, superseded or ran out of iterations) gets a synthetic one: model servers refuse a history without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llama_stack.apis.agents import AgentConfig, InferenceStep, Step, ToolExecutionStep
+from llama_stack.apis.inference import (
+    CompletionMessage,
+    Message,
+    SystemMessage,
+    ToolResponseMessage,
+    UserMessage,
+)
+
+UNANSWERED = "The outcome of this tool call is unknown: the turn ended before it was answered."
+
+
+def system_messages(config: AgentConfig) -> list[Message]:
+    return [SystemMessage(content=config.instructions)] if config.instructions else []
+
+
+def past_messages(turns: Iterable[tuple[Sequence[Message], Sequence[Step]]]) -> list[Message]:
+    """Earlier turns, each as (input messages, steps), with unanswered calls completed."""
+    messages: list[Message] = []
+    for input_messages, steps in turns:
+        messages.extend(complete(turn_messages(input_messages, steps)))
+    return messages
+
+
+def turn_messages(input_messages: Sequence[Message], steps: Sequence[Step]) -> list[Message]:
+    """One turn: its input, then each step's part of the conversation."""
+    answered = {
+        response.call_id for step in steps if isinstance(step, ToolExecutionStep) for response in step.tool_responses
+    }
+    messages: list[Message] = [
+        message.model_copy(update={"context": None}) if isinstance(message, UserMessage) else message
+        for message in input_messages
+        if not (isinstance(message, ToolResponseMessage) and message.call_id in answered)
+    ]
+    for step in steps:
+        if isinstance(step, InferenceStep):
+            messages.append(step.model_response)
+        elif isinstance(step, ToolExecutionStep):
+            messages.extend(ToolResponseMessage(call_id=r.call_id, content=r.content) for r in step.tool_responses)
+    return messages
+
+
+def complete(messages: Sequence[Message]) -> list[Message]:
+    """Answers each tool call that no tool response follows before the next message that is not a tool response."""
+    completed: list[Message] = []
+    open_calls: list[str] = []
+    for message in messages:
+        if isinstance(message, ToolResponseMessage):
+            if message.call_id in open_calls:
+                open_calls.remove(message.call_id)
+        else:
+            completed.extend(_unknown(open_calls))
+            open_calls = [call.call_id for call in message.tool_calls] if isinstance(message, CompletionMessage) else []
+        completed.append(message)
+    return completed + _unknown(open_calls)
+
+
+def _unknown(call_ids: Iterable[str]) -> list[Message]:
+    return [ToolResponseMessage(call_id=call_id, content=UNANSWERED) for call_id in call_ids]

@@ -1,0 +1,241 @@
+"""The log of a turn in Redis: every key, every script.
+
+| key | type | content | time to live |
+|---|---|---|---|
+| `caravan:{turn}:log` | hash | `fence` that may append; `lf`, `ln`: fence and number of the last event | `TTL_SECONDS`, refreshed by each append and heartbeat; `ENDED_TTL_SECONDS` once the turn has ended |
+| `caravan:{turn}:tail` | stream | events since the last recorded segment; entry id = event id; `a`: the id that it follows, `k`: kind, `d`: data | the same |
+| `caravan:{turn}` | channel | batches of events, one `after id kind data` a line | |
+
+The hash tag puts a turn's keys in one slot of a cluster. Run Redis with `maxmemory-policy noeviction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from app.domain.events import Event, EventId, EventKind
+
+TTL_SECONDS = 7200
+ENDED_TTL_SECONDS = 60
+CONNECT_TIMEOUT_SECONDS = 2.0
+SOCKET_TIMEOUT_SECONDS = 5.0
+
+AppendOutcome = Literal["ok", "missing", "stale"]
+
+_APPEND = """
+-- ARGV: channel, fence, ttl ms, id to trim through ('' for none), then id, after, kind, data of each event
+local function parse(id) local f, n = string.match(id, '(%d+)-(%d+)'); return tonumber(f), tonumber(n) end
+local function later(f1, n1, f2, n2) return f1 > f2 or (f1 == f2 and n1 > n2) end
+local state = redis.call('HMGET', KEYS[1], 'fence', 'lf', 'ln')
+if not state[1] then return 'missing' end
+local fence = tonumber(ARGV[2])
+if tonumber(state[1]) > fence then return 'stale' end
+if tonumber(state[1]) < fence then return 'missing' end
+local lf, ln = tonumber(state[2]), tonumber(state[3])
+local lines = {}
+for i = 5, #ARGV, 4 do
+  local f, n = parse(ARGV[i])
+  if later(f, n, lf, ln) then
+    local af, an = parse(ARGV[i + 1])
+    if later(af, an, lf, ln) then return 'missing' end
+    redis.call('XADD', KEYS[2], ARGV[i], 'a', ARGV[i + 1], 'k', ARGV[i + 2], 'd', ARGV[i + 3])
+    lines[#lines + 1] = ARGV[i + 1] .. ' ' .. ARGV[i] .. ' ' .. ARGV[i + 2] .. ' ' .. ARGV[i + 3]
+    lf, ln = f, n
+  end
+end
+if #lines > 0 then
+  redis.call('HSET', KEYS[1], 'lf', string.format('%.0f', lf), 'ln', string.format('%.0f', ln))
+  redis.call('PUBLISH', ARGV[1], table.concat(lines, '\\n'))
+end
+if ARGV[4] ~= '' then
+  local f, n = parse(ARGV[4])
+  redis.call('XTRIM', KEYS[2], 'MINID', string.format('%.0f-%.0f', f, n + 1))
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return 'ok'
+"""
+
+_RAISE = """
+-- ARGV: fence, fence and number of the last recorded event, ttl ms, '1' to set the fence even if it is higher
+local state = redis.call('HMGET', KEYS[1], 'fence', 'lf', 'ln')
+local fence, rf, rn = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+if state[1] and tonumber(state[1]) > fence and ARGV[5] ~= '1' then return {'stale', {}} end
+redis.call('HSET', KEYS[1], 'fence', ARGV[1])
+local known = 'tail'
+if not state[1] then
+  known = 'none'
+  redis.call('DEL', KEYS[2])
+end
+local lf, ln = tonumber(state[2] or '0'), tonumber(state[3] or '0')
+if not state[1] or rf > lf or (rf == lf and rn > ln) then
+  redis.call('HSET', KEYS[1], 'lf', ARGV[2], 'ln', ARGV[3])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return {known, redis.call('XRANGE', KEYS[2], '(' .. ARGV[2] .. '-' .. ARGV[3], '+')}
+"""
+
+
+def _log(turn_id: str) -> str:
+    return f"caravan:{{{turn_id}}}:log"
+
+
+def _tail(turn_id: str) -> str:
+    return f"caravan:{{{turn_id}}}:tail"
+
+
+def channel(turn_id: str) -> str:
+    return f"caravan:{{{turn_id}}}"
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What Redis has of a turn: the id of its last event (None: nothing is known), and the events asked for."""
+
+    last: EventId | None
+    events: list[Event]
+
+
+def _append_arguments(
+    turn_id: str, fence: int, events: Sequence[Event], trim: EventId | None, ttl_seconds: float
+) -> list[Any]:
+    arguments: list[Any] = [channel(turn_id), fence, int(ttl_seconds * 1000), str(trim) if trim else ""]
+    for event in events:
+        arguments += (str(event.id), str(event.after), event.kind.value, event.data)
+    return arguments
+
+
+def _events(entries: Any) -> list[Event]:
+    return [
+        Event(EventId.parse(identifier), EventId.parse(fields["a"]), EventKind(fields["k"]), fields["d"])
+        for identifier, fields in entries
+    ]
+
+
+def _raised(answer: Any) -> list[Event] | None:
+    """XRANGE from inside a script comes as [[id, [field, value, …]], …]."""
+    known, entries = answer
+    if known != "tail":
+        return None
+    return _events((identifier, dict(zip(flat[::2], flat[1::2], strict=True))) for identifier, flat in entries)
+
+
+class SyncLog:
+    """The log for those who have no event loop: raise the fence of a turn, and publish its end. Never waits long."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=1.0,
+            socket_connect_timeout=1.0,
+            retry=redis.retry.Retry(NoBackoff(), 0),
+        )
+        self._append = self._redis.register_script(_APPEND)
+        self._raise = self._redis.register_script(_RAISE)
+
+    def raise_fence(self, turn_id: str, fence: int, last: EventId) -> list[Event] | None:
+        """The events after `last` that a dead attempt left; None: Redis is down, or knows nothing of the turn."""
+        try:
+            arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
+            return _raised(self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
+        except RedisError:
+            return None
+
+    def publish_end(self, turn_id: str, events: Sequence[Event]) -> bool:
+        """Publishes the recorded last events of a turn; False if Redis is down: followers find them in Postgres."""
+        fence, last = events[-1].id.fence, events[0].after
+        keys = [_log(turn_id), _tail(turn_id)]
+        try:
+            self._raise(keys=keys, args=[fence, last.fence, last.n, TTL_SECONDS * 1000, ""])
+            self._append(keys=keys, args=_append_arguments(turn_id, fence, events, None, ENDED_TTL_SECONDS))
+        except RedisError:
+            return False
+        return True
+
+    def ping(self) -> None:
+        """Raises redis.exceptions.RedisError."""
+        self._redis.ping()
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+class EventLog:
+    """The log on an event loop, for writers and followers. Methods raise redis.exceptions.RedisError or OSError."""
+
+    def __init__(self, url: str, *, max_connections: int = 64) -> None:
+        self._pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            decode_responses=True,
+            max_connections=max_connections,
+            timeout=SOCKET_TIMEOUT_SECONDS,
+            socket_timeout=SOCKET_TIMEOUT_SECONDS,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            health_check_interval=0,
+        )
+        self.redis = redis.asyncio.Redis(connection_pool=self._pool, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
+        self._append = self.redis.register_script(_APPEND)
+        self._raise = self.redis.register_script(_RAISE)
+
+    async def append(
+        self,
+        turn_id: str,
+        fence: int,
+        events: Sequence[Event],
+        *,
+        trim: EventId | None = None,
+        ttl_seconds: float = TTL_SECONDS,
+    ) -> AppendOutcome:
+        """Appends and publishes events that follow the log's last one; skips those that are there already.
+
+        `trim`: forget the tail through this recorded event. "missing": Redis does not know this fence, or not the
+        event that these follow; "stale": another attempt has raised the fence.
+        """
+        arguments = _append_arguments(turn_id, fence, events, trim, ttl_seconds)
+        outcome: AppendOutcome = await self._append(keys=[_log(turn_id), _tail(turn_id)], args=arguments)
+        return outcome
+
+    async def raise_fence(self, turn_id: str, fence: int, last: EventId, *, force: bool = False) -> list[Event] | None:
+        """Lets only `fence` append from now on; gives what is in the tail after `last`, None if nothing is known."""
+        arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, "1" if force else ""]
+        return _raised(await self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
+
+    async def read(self, turn_id: str, cursor: EventId) -> Tail:
+        """The tail's events after `cursor`."""
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.hmget(_log(turn_id), "lf", "ln")
+        pipeline.xrange(_tail(turn_id), f"({cursor}", "+")
+        (fence, n), entries = await pipeline.execute()
+        return Tail(EventId(int(fence), int(n)) if fence else None, _events(entries))
+
+    async def lasts(self, turn_ids: Sequence[str]) -> dict[str, EventId]:
+        """The id of each turn's last event, for those that Redis knows: one round trip."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for turn_id in turn_ids:
+            pipeline.hmget(_log(turn_id), "lf", "ln")
+        answers = await pipeline.execute()
+        return {
+            turn_id: EventId(int(fence), int(n))
+            for turn_id, (fence, n) in zip(turn_ids, answers, strict=True)
+            if fence is not None
+        }
+
+    async def touch(self, turn_ids: Sequence[str]) -> None:
+        """Keeps the logs of running turns alive while they are silent."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for turn_id in turn_ids:
+            pipeline.expire(_log(turn_id), TTL_SECONDS)
+            pipeline.expire(_tail(turn_id), TTL_SECONDS)
+        await pipeline.execute()
+
+    async def close(self) -> None:
+        await self.redis.aclose()
+        await self._pool.disconnect()

@@ -1,0 +1,160 @@
+"""Writes the events of one attempt: numbers them, publishes them as they come, keeps them until they are recorded.
+
+No timer: whatever piled up while the last append was in flight goes out in the next one, so that an idle turn has the
+lowest latency and a busy one batches by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+from redis.exceptions import RedisError
+
+from app.domain.errors import AttemptLost, Unavailable
+from app.domain.events import Event, EventId, EventKind
+from app.events.log import ENDED_TTL_SECONDS, TTL_SECONDS, EventLog
+
+logger = logging.getLogger(__name__)
+
+BATCH = 500
+BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class EventWriter:
+    """Appends the events of the attempt `fence`, the first of which follows `last` and has the number `first_n`.
+
+    `may_write`: False while the worker's lease is in doubt; nothing is appended then. `still_owned`: asks Postgres.
+    `on_lost`: called once when the attempt turns out to be over.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        turn_id: str,
+        fence: int,
+        last: EventId,
+        first_n: int,
+        *,
+        may_write: Callable[[], bool],
+        still_owned: Callable[[], Awaitable[bool]],
+        on_lost: Callable[[], object],
+    ) -> None:
+        self._log = log
+        self._turn_id = turn_id
+        self._fence = fence
+        self._last = last
+        self._next_n = first_n
+        self._may_write = may_write
+        self._still_owned = still_owned
+        self._on_lost = on_lost
+        self._recorded = last
+        self._trim: EventId | None = None
+        self._unrecorded: list[Event] = []
+        self._staged: list[Event] = []
+        self._pending: list[Event] = []
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ending = False
+        self._pump = asyncio.create_task(self._run(), name=f"events {turn_id}")
+
+    def emit(self, kind: EventKind, data: str) -> None:
+        """Publishes an event now; it is recorded with the next step."""
+        self._pending.append(self._number(kind, data))
+        self._idle.clear()
+        self._wake.set()
+
+    def stage(self, kind: EventKind, data: str) -> None:
+        """Holds an event back until `recorded`: nobody may see it before its transaction is committed."""
+        self._staged.append(self._number(kind, data))
+
+    def unrecorded(self) -> list[Event]:
+        """All events since the last recorded one: the next segment."""
+        return list(self._unrecorded)
+
+    def recorded(self, segment: list[Event]) -> None:
+        """`segment` is committed: publishes what was staged, and lets Redis forget it once that is out."""
+        del self._unrecorded[: len(segment)]
+        self._recorded = segment[-1].id
+        self._trim = segment[-1].id
+        if self._staged:
+            self._pending += self._staged
+            self._staged = []
+            self._idle.clear()
+            self._wake.set()
+
+    def forget_staged(self) -> None:
+        """Takes back what was staged: its transaction will not be committed."""
+        if self._staged:
+            del self._unrecorded[-len(self._staged) :]
+            self._next_n = self._staged[0].id.n
+            self._last = self._staged[0].after
+            self._staged = []
+
+    async def finish(self, timeout_seconds: float = 2.0) -> None:
+        """Publishes what is left and stops. If Redis is down, followers find it in Postgres."""
+        self._ending = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_seconds)
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Stops at once."""
+        self._pump.cancel()
+        with contextlib.suppress(asyncio.CancelledError, AttemptLost):
+            await self._pump
+
+    def _number(self, kind: EventKind, data: str) -> Event:
+        event = Event(EventId(self._fence, self._next_n), self._last, kind, data)
+        self._last = event.id
+        self._next_n += 1
+        self._unrecorded.append(event)
+        return event
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                batch = self._pending[:BATCH]
+                await self._deliver(batch)
+                del self._pending[: len(batch)]
+            self._idle.set()
+
+    async def _deliver(self, batch: list[Event]) -> None:
+        attempt = 0
+        while True:
+            try:
+                if self._may_write() and await self._append(batch):
+                    return
+            except (RedisError, OSError, TimeoutError, Unavailable) as error:
+                if attempt == 0:
+                    logger.warning("turn %s: events cannot be published, trying again: %s", self._turn_id, error)
+            except AttemptLost:
+                self._on_lost()
+                raise
+            await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
+            attempt += 1
+
+    async def _append(self, batch: list[Event]) -> bool:
+        ttl = ENDED_TTL_SECONDS if self._ending and len(batch) == len(self._pending) else TTL_SECONDS
+        trim, self._trim = self._trim, None
+        # The trim goes with this batch, yet never past its start: followers read the tail before they ask Postgres.
+        outcome = await self._log.append(
+            self._turn_id, self._fence, batch, trim=trim if trim and trim < batch[0].id else None, ttl_seconds=ttl
+        )
+        if outcome == "ok":
+            return True
+        await self._arm_again(outcome == "stale")
+        missing = [event for event in self._unrecorded if event.id < batch[0].id]
+        return (await self._log.append(self._turn_id, self._fence, missing + batch, ttl_seconds=ttl)) == "ok"
+
+    async def _arm_again(self, stale: bool) -> None:
+        """Redis lost the fence, or somebody raised it without ending the turn. Raises AttemptLost: it is not ours."""
+        if not await self._still_owned():
+            raise AttemptLost(f"turn {self._turn_id}: attempt {self._fence} is over")
+        logger.warning("turn %s: Redis lost this turn's log; it is written again", self._turn_id)
+        await self._log.raise_fence(self._turn_id, self._fence, self._recorded, force=stale)

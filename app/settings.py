@@ -1,0 +1,209 @@
+"""Every setting: its name in the environment, type, unit, default, and what an empty value means.
+
+Settings come from the environment or a `.env` file in the working directory. `docs/settings.md` is generated from this
+module by `caravan settings --markdown`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+CommaSeparated = Annotated[list[str], NoDecode]
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong. The message is one line and names the setting and the fix."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True)
+
+    # Servers
+    database_url: SecretStr = Field(
+        description="Postgres, as `postgresql://user:password@host:5432/name`; `?sslmode=verify-full` and other libpq "
+        "parameters work."
+    )
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey for live events: `redis://`, `rediss://` (TLS) or `unix://`, with `user:password@`.",
+    )
+    celery_broker_url: SecretStr | None = Field(
+        default=None, description="Celery's broker. Empty: the same as `REDIS_URL`."
+    )
+
+    # Models
+    inference_url: str = Field(
+        default="http://127.0.0.1:11434/v1",
+        description="Base of an OpenAI-compatible server, with `/v1` (default: Ollama on this machine).",
+    )
+    inference_api_key: SecretStr | None = Field(
+        default=None, description="Bearer key for `INFERENCE_URL`. Empty: none is sent."
+    )
+    inference_model: CommaSeparated = Field(
+        default_factory=list,
+        description="Model ids, comma-separated, as `INFERENCE_URL` knows them. Clients see exactly these ids. "
+        "Required unless `LLAMA_STACK_CONFIG` is set.",
+    )
+    model_timeout_seconds: float = Field(
+        default=300, gt=0, description="Seconds without a byte from the model after which an inference fails."
+    )
+    llama_stack_config: str | None = Field(
+        default=None, description="Path of your own Llama Stack `run.yaml`, used in place of the built-in one."
+    )
+
+    # Turns
+    max_queue_wait_seconds: float = Field(
+        default=300, gt=0, description="Seconds that a turn may wait for a worker, from when it last became claimable."
+    )
+    turn_timeout_seconds: float = Field(
+        default=3600, gt=0, description="Seconds that one leg of a turn (create, or a resume) may take from its claim."
+    )
+    input_wait_seconds: float = Field(
+        default=86400, gt=0, description="Seconds that a turn waits for a client's tool responses."
+    )
+    max_worker_losses: int = Field(
+        default=3, ge=1, description="Losses of a worker, with no step recorded in between, after which a turn fails."
+    )
+    document_max_bytes: int = Field(
+        default=1_048_576, ge=1, description="Bytes that a document of a turn may have, given or fetched."
+    )
+    tool_timeout_seconds: float = Field(
+        default=300, gt=0, description="Seconds that one server-side tool call may take."
+    )
+
+    # Leases
+    lease_seconds: float = Field(
+        default=6, gt=0, description="Seconds after its last renewal at which a worker counts as dead."
+    )
+    heartbeat_seconds: float = Field(default=2, gt=0, description="Seconds between two renewals of a worker's lease.")
+    drain_seconds: float = Field(
+        default=10, ge=0, description="Seconds that a stopping worker gives its turns to reach the end of their step."
+    )
+    upkeep_seconds: float = Field(
+        default=2, gt=0, description="Seconds between two rounds of upkeep (give or take a fifth) in every process."
+    )
+
+    # Streams and requests
+    ping_seconds: float = Field(
+        default=10, gt=0, le=30, description="Seconds of silence after which a stream gets a comment."
+    )
+    silence_seconds: float = Field(
+        default=3, gt=0, description="Seconds without an event after which a follower asks the log and Postgres."
+    )
+    stream_send_timeout_seconds: float = Field(
+        default=60, gt=0, description="Seconds that a client may take to accept one event; then it is disconnected."
+    )
+    stream_buffer_bytes: int = Field(
+        default=1_048_576,
+        ge=1024,
+        description="Bytes of events buffered per stream; a slower client is fed from the log instead.",
+    )
+    request_max_bytes: int = Field(
+        default=10_485_760, ge=1024, description="Bytes that a request body to an agents route may have (413 beyond)."
+    )
+    cors_origins: CommaSeparated = Field(
+        default_factory=list, description="Origins, comma-separated, that browsers may call from. Empty: none."
+    )
+
+    # Resources of one process
+    database_pool_size: int = Field(
+        default=5, ge=2, description="Postgres connections that a process's requests or turns share (see operations)."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
+    log_format: Literal["text", "json"] = Field(default="text", description="`text`, or `json`: one object a line.")
+
+    @field_validator("inference_model", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("inference_url")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value.rstrip("/")
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgres(cls, value: SecretStr) -> SecretStr:
+        _sqlalchemy_url(value.get_secret_value())
+        return value
+
+    @field_validator("redis_url", "celery_broker_url")
+    @classmethod
+    def _redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError("LEASE_SECONDS must be at least twice HEARTBEAT_SECONDS")
+        if not self.inference_model and not self.llama_stack_config:
+            raise ValueError("INFERENCE_MODEL is not set: name the model ids that INFERENCE_URL serves")
+        if self.llama_stack_config and not os.path.isfile(self.llama_stack_config):
+            raise ValueError(f"LLAMA_STACK_CONFIG: there is no file {self.llama_stack_config}")
+        return self
+
+    @property
+    def sqlalchemy_url(self) -> URL:
+        return _sqlalchemy_url(self.database_url.get_secret_value())
+
+    @property
+    def broker_url(self) -> str:
+        """The broker's URL in Celery's spelling (`redis+socket://` for a Unix socket)."""
+        url = (self.celery_broker_url or self.redis_url).get_secret_value()
+        return url.replace("unix://", "redis+socket://", 1) if url.startswith("unix://") else url
+
+
+def _sqlalchemy_url(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise ValueError("is not a URL such as postgresql://user:password@host:5432/name") from None
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(f"must be a postgresql:// URL, not {url.get_backend_name()}://")
+    return url.set(drivername="postgresql+psycopg2")
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The process's settings, read once.
+
+    Raises SettingsError: a setting is missing or wrong.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+
+
+def settings_or_exit() -> Settings:
+    """`get_settings` for the start of a process: a missing or wrong setting is one line and exit status 2."""
+    try:
+        return get_settings()
+    except SettingsError as error:
+        print(f"caravan: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        if problem["type"] == "missing":
+            problems.append(f"{name} is not set: give it in the environment or in .env")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{name} {message}" if name else message)
+    return "; ".join(problems)

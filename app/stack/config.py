@@ -1,0 +1,170 @@
+"""The configuration of the Llama Stack that Caravan runs: a user's `run.yaml`, or our own, built from the settings.
+
+Ours is never written to a file, since it holds secrets. It needs no network but Postgres: it can be built, and a stack
+started from it, while the model server is down.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import yaml
+from llama_stack.core.configure import parse_and_maybe_upgrade_config
+from llama_stack.core.datatypes import Provider, RegisteredResources, StackRunConfig, ToolGroupInput
+from llama_stack.core.storage.datatypes import (
+    InferenceStoreReference,
+    KVStoreReference,
+    ResponsesStoreReference,
+    ServerStoresConfig,
+    SqlStoreReference,
+    StorageConfig,
+)
+
+from app.settings import Settings, SettingsError
+from app.stack import postgres
+
+MODULE = "app.stack"  # llama_stack asks `app.stack.provider` for the specs of providers that name this module
+MODEL_SERVER = "model-server"
+KEY_VALUE = "kv_default"
+SQL = "sql_default"
+
+
+def stack_run_config(settings: Settings) -> StackRunConfig:
+    """The configuration of the whole stack, as the web process runs it.
+
+    Blocking: connects to Postgres to find out whether it has pgvector, and to create the extension if it may.
+    Raises SettingsError: `LLAMA_STACK_CONFIG` is no valid run.yaml, or asks for what Caravan does itself; or Postgres
+    cannot be reached.
+    """
+    if settings.llama_stack_config:
+        return _own_run_yaml(settings.llama_stack_config)
+    try:
+        vectors = postgres.prepare_database(postgres.libpq_parameters(settings.sqlalchemy_url))
+    except psycopg2.Error as error:
+        raise SettingsError(f"DATABASE_URL: {' '.join(str(error).split())}") from error
+    return build_run_config(settings, vectors=vectors)
+
+
+def worker_run_config(config: StackRunConfig) -> StackRunConfig:
+    """The part of a stack's configuration that a worker needs: what turns call, not what only HTTP clients call."""
+    kept = {"inference", "safety", "tool_runtime", "vector_io"}
+    if _needs_files(config):
+        kept.add("files")
+    return config.model_copy(
+        update={
+            "apis": [api for api in config.apis if api in kept] or sorted(kept & set(config.providers)),
+            "providers": {api: providers for api, providers in config.providers.items() if api in kept},
+        }
+    )
+
+
+def _needs_files(config: StackRunConfig) -> bool:
+    # llama_stack's own rag-runtime does not start without files; ours does (`app.stack.retrieval`).
+    return any(
+        provider.provider_type == "inline::rag-runtime" and provider.module != MODULE
+        for provider in config.providers.get("tool_runtime", ())
+    )
+
+
+def _own_run_yaml(path: str) -> StackRunConfig:
+    try:
+        config = parse_and_maybe_upgrade_config(yaml.safe_load(Path(path).read_text()))
+    except Exception as error:  # yaml, pydantic, OSError, EnvVarError: each means that the file is wrong
+        raise SettingsError(f"LLAMA_STACK_CONFIG: {path}: {' '.join(str(error).split())}") from error
+    if config.server.auth or config.server.quota:
+        raise SettingsError(
+            f"LLAMA_STACK_CONFIG: {path}: server.auth and server.quota have no effect here; Caravan identifies callers "
+            "itself. Remove them."
+        )
+    return config
+
+
+def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
+    """Our own configuration; `vectors`: whether the database has pgvector. Touches no network."""
+    key_value, sql = postgres.backends(settings.sqlalchemy_url, settings.database_pool_size)
+    providers = {
+        "inference": [_model_server(settings)],
+        "safety": [Provider(provider_id="llama-guard", provider_type="inline::llama-guard", config={})],
+        "files": [_files()],
+        "tool_runtime": [
+            Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={})
+        ],
+        "agents": [_responses()],
+    }
+    tool_groups = []
+    if vectors:
+        providers["vector_io"] = [_pgvector()]
+        providers["tool_runtime"].append(_ours("rag-runtime", "inline::rag-runtime"))
+        tool_groups.append(ToolGroupInput(toolgroup_id="builtin::rag", provider_id="rag-runtime"))
+    return StackRunConfig(
+        image_name="caravan",
+        apis=sorted(providers),
+        providers=providers,
+        storage=StorageConfig(backends={KEY_VALUE: key_value, SQL: sql}, stores=_stores()),
+        registered_resources=RegisteredResources(tool_groups=tool_groups),
+        telemetry={"enabled": False},
+    )
+
+
+def _stores() -> ServerStoresConfig:
+    return ServerStoresConfig(
+        metadata=KVStoreReference(backend=KEY_VALUE, namespace="registry"),
+        # Required by llama_stack's router; `app.stack.library` sees to it that nothing is ever stored there.
+        inference=InferenceStoreReference(backend=SQL, table_name="inference_store"),
+        conversations=SqlStoreReference(backend=SQL, table_name="openai_conversations"),
+        responses=ResponsesStoreReference(backend=SQL, table_name="openai_responses"),
+    )
+
+
+def _ours(provider_id: str, provider_type: str, **config: Any) -> Provider:
+    return Provider(provider_id=provider_id, provider_type=provider_type, module=MODULE, config=config)
+
+
+def _model_server(settings: Settings) -> Provider:
+    key = settings.inference_api_key
+    return _ours(
+        MODEL_SERVER,
+        "remote::caravan",
+        url=settings.inference_url,
+        api_key=key.get_secret_value() if key else None,
+        models=settings.inference_model,
+        timeout_seconds=settings.model_timeout_seconds,
+    )
+
+
+def _pgvector() -> Provider:
+    return _ours("pgvector", "remote::pgvector", persistence={"backend": KEY_VALUE, "namespace": "vector_io::pgvector"})
+
+
+def _responses() -> Provider:
+    return _ours(
+        "meta-reference",
+        "inline::meta-reference",
+        persistence={
+            "agent_state": {"backend": KEY_VALUE, "namespace": "agents"},
+            "responses": {"backend": SQL, "table_name": "openai_responses"},
+        },
+    )
+
+
+def _files() -> Provider:
+    return Provider(
+        provider_id="localfs",
+        provider_type="inline::localfs",
+        config={
+            "storage_dir": str(files_folder()),
+            "metadata_store": {"backend": SQL, "table_name": "openai_files"},
+        },
+    )
+
+
+def files_folder() -> Path:
+    """Where uploaded files are kept: `$XDG_DATA_HOME/caravan/files`, by default `~/.local/share/caravan/files`.
+
+    Web processes on several machines must share this folder (https://specifications.freedesktop.org/basedir-spec/).
+    """
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "caravan" / "files"

@@ -1,0 +1,182 @@
+"""llama_stack's HTTP routes as an application to mount behind ours: everything of its API but the agents routes.
+
+Its own `create_app` is not used: it reads a file, dumps the configuration to the log, takes over logging, refuses
+clients of other versions, and initializes the stack on another loop (see `app.stack.library`). The routes and their
+handlers are the original ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import llama_stack.core.server.server as server
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from llama_stack.core.datatypes import StackRunConfig
+from llama_stack.core.distribution import builtin_automatically_routed_apis
+from llama_stack.core.external import load_external_apis
+from llama_stack.core.server.routes import get_all_api_routes
+from llama_stack.core.stack import refresh_registry_task
+from llama_stack.providers.datatypes import Api
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.settings import Settings
+from app.stack import library, postgres, registry
+from app.stack.config import stack_run_config
+
+log = logging.getLogger(__name__)
+
+RegistryHook = Callable[[], Awaitable[None] | None]
+
+_AGENTS = re.compile(r"/v1(alpha)?/agents(/|$)")
+_REGISTRY = re.compile(
+    r"/v1(alpha|beta)?/(openai/v1/)?(eval/)?"
+    r"(models|toolgroups|shields|vector-dbs|vector_dbs|vector_stores|scoring-functions|benchmarks|datasets)(/(?P<rest>.*))?$"
+)
+_ALWAYS_SERVED = {"inspect", "providers", "prompts", "conversations"}
+
+
+class StackApp(FastAPI):
+    """llama_stack's routes. Has none, and answers 404, until `stack_lifespan` has started the stack."""
+
+    def __init__(self, settings: Settings, on_registry_change: RegistryHook | None) -> None:
+        super().__init__(title="Llama Stack", docs_url=None, redoc_url=None, openapi_url=None)
+        self.settings = settings
+        self.impls: library.Impls = {}
+        self.add_exception_handler(RequestValidationError, _failed)
+        self.add_exception_handler(Exception, _failed)
+        if on_registry_change is not None:
+            self.add_middleware(RegistryChanges, on_change=on_registry_change)
+
+    async def refresh_registry(self) -> None:
+        """See what other processes registered or removed (`app.stack.registry.refresh`)."""
+        await registry.refresh(self.impls)
+
+
+def create_stack_app(settings: Settings, on_registry_change: RegistryHook | None = None) -> StackApp:
+    """The application to mount; touches no network. Enter `stack_lifespan` on the loop that serves it.
+
+    `on_registry_change` is called, and awaited, after a request has changed what is registered and before the client
+    hears of it. If it raises, that is logged and the client still gets its answer.
+    """
+    return StackApp(settings, on_registry_change)
+
+
+@asynccontextmanager
+async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
+    """Runs the stack behind `app` on the running loop. Raises SettingsError, or what a provider raises on its start."""
+    config = await asyncio.to_thread(stack_run_config, app.settings)
+    # Never llama_stack's: it formats every request body for a debug message, whether or not that is logged.
+    server.log_request_pre_validation = _log_nothing
+    lock = postgres.tables_lock(postgres.libpq_parameters(app.settings.sqlalchemy_url))
+    await asyncio.to_thread(lock.__enter__)
+    try:
+        app.impls = await library.start(config, whole=True)
+    finally:
+        await asyncio.to_thread(lock.__exit__, None, None, None)
+    try:
+        app.router.routes[:] = []
+        for method, path, implementation in _routes(config, app.impls):
+            _add_route(app, method, path, implementation)
+        async with _model_listing(app):
+            yield
+    finally:
+        await library.stop(app.impls)
+
+
+@asynccontextmanager
+async def _model_listing(app: StackApp) -> AsyncIterator[None]:
+    """Lists the models of a user's own providers every 5 minutes, as llama_stack's server does; ours are fixed."""
+    if not app.settings.llama_stack_config:
+        yield
+        return
+    listing = asyncio.create_task(refresh_registry_task(app.impls))
+    try:
+        yield
+    finally:
+        listing.cancel()
+        with suppress(asyncio.CancelledError):
+            await listing
+
+
+def _routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, str, Any]]:
+    """Method, path and implementation of every route to serve, in the order in which they are to be matched."""
+    all_routes = get_all_api_routes(load_external_apis(config))
+    for api in sorted(_served(config, impls), key=lambda api: api.value):
+        for route, _ in all_routes[api]:
+            if _AGENTS.match(route.path):
+                continue
+            method = next(method for method in route.methods if method != "HEAD").lower()
+            yield method, route.path, getattr(impls[api], route.name)
+
+
+def _served(config: StackRunConfig, impls: library.Impls) -> set[Api]:
+    names = set(config.apis) or {api.value for api in impls}
+    for routed in builtin_automatically_routed_apis():
+        if routed.router_api.value in names:
+            names.add(routed.routing_table_api.value)
+    return {Api(name) for name in names | _ALWAYS_SERVED}
+
+
+def _add_route(app: FastAPI, method: str, path: str, implementation: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="pydantic._internal._fields")
+        handler = server.create_dynamic_typed_route(implementation, method, path)
+        app.add_api_route(path, handler, methods=[method.upper()], response_model=None)
+
+
+async def _log_nothing(request: Request) -> None:
+    pass
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    """llama_stack's error body, without its printing of a traceback for every wrong request."""
+    translated = server.translate_exception(error)
+    if translated.status_code >= 500:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"error": {"detail": translated.detail}}, status_code=translated.status_code)
+
+
+class RegistryChanges:
+    """ASGI middleware: calls the hook when a request has changed the registry, before its answer begins."""
+
+    def __init__(self, app: ASGIApp, on_change: RegistryHook) -> None:
+        self.app = app
+        self.on_change = on_change
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not changes_registry(scope["method"], scope["path"]):
+            await self.app(scope, receive, send)
+            return
+
+        async def send_after_hook(message: Message) -> None:
+            if message["type"] == "http.response.start" and 200 <= message["status"] < 300:
+                await self._tell()
+            await send(message)
+
+        await self.app(scope, receive, send_after_hook)
+
+    async def _tell(self) -> None:
+        try:
+            told = self.on_change()
+            if inspect.isawaitable(told):
+                await told
+        except Exception:
+            log.exception("Workers could not be told of a change of the registry")
+
+
+def changes_registry(method: str, path: str) -> bool:
+    """Whether a request of this method to this path changes what is registered, if it succeeds."""
+    found = _REGISTRY.match(path)
+    if not found or method in ("GET", "HEAD", "OPTIONS"):
+        return False
+    # A search is a POST below a vector store, and a file below it changes its content, which is not cached.
+    return not re.search(r"^[^/]+/(search|files|file_batches)(/|$)", found["rest"] or "") or "vector" not in path

@@ -1,0 +1,47 @@
+"""The specs of our providers, which llama_stack asks for by `module: app.stack` (its "external providers").
+
+Only `remote::caravan` is new; the others stand in for llama_stack's provider of the same type, and say why there.
+"""
+
+from __future__ import annotations
+
+from llama_stack.providers.datatypes import Api, InlineProviderSpec, ProviderSpec, RemoteProviderSpec
+
+
+def get_provider_spec() -> list[ProviderSpec]:
+    """All specs; llama_stack takes the one of the type that its configuration names."""
+    return [
+        RemoteProviderSpec(
+            api=Api.inference,
+            adapter_type="caravan",
+            provider_type="remote::caravan",
+            module="app.stack.inference",
+            config_class="app.stack.inference.ModelServerConfig",
+            description="Any OpenAI-compatible server, by INFERENCE_URL.",
+        ),
+        RemoteProviderSpec(
+            api=Api.vector_io,
+            adapter_type="pgvector",
+            provider_type="remote::pgvector",
+            module="app.stack.vector_io",
+            config_class="app.stack.vector_io.VectorConfig",
+            api_dependencies=[Api.inference],
+            optional_api_dependencies=[Api.files, Api.models],
+        ),
+        InlineProviderSpec(
+            api=Api.tool_runtime,
+            provider_type="inline::rag-runtime",
+            module="app.stack.retrieval",
+            config_class="llama_stack.providers.inline.tool_runtime.rag.config.RagToolRuntimeConfig",
+            api_dependencies=[Api.vector_io, Api.inference],
+            optional_api_dependencies=[Api.files],
+        ),
+        InlineProviderSpec(
+            api=Api.agents,
+            provider_type="inline::meta-reference",
+            module="app.stack.responses",
+            config_class="llama_stack.providers.inline.agents.meta_reference.MetaReferenceAgentsImplConfig",
+            api_dependencies=[Api.inference, Api.safety, Api.tool_runtime, Api.tool_groups, Api.conversations],
+            optional_api_dependencies=[Api.vector_io],
+        ),
+    ]

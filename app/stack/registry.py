@@ -1,0 +1,141 @@
+"""llama_stack's registry of models, tool groups, shields and vector stores: what is shared, what each process caches.
+
+The registry is in Postgres; each process reads it once and then only sees its own changes. `refresh` reads it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from llama_stack.apis.models import ModelType
+from llama_stack.apis.resource import ResourceType
+from llama_stack.core.datatypes import (
+    ModelWithOwner,
+    RegistryEntrySource,
+    RoutableObjectWithProvider,
+    StackRunConfig,
+)
+from llama_stack.core.routing_tables.common import CommonRoutingTableImpl
+from llama_stack.core.routing_tables.toolgroups import ToolGroupsRoutingTable
+from llama_stack.core.store.registry import CachedDiskDistributionRegistry, _get_registry_key_range
+from llama_stack.providers.datatypes import Api
+from llama_stack.providers.remote.vector_io.pgvector.pgvector import PGVectorVectorIOAdapter
+from pydantic import TypeAdapter, ValidationError
+
+from app.stack.config import MODEL_SERVER, MODULE
+from app.stack.vector_io import VectorStores
+
+log = logging.getLogger(__name__)
+
+_OBJECT: TypeAdapter[Any] = TypeAdapter(RoutableObjectWithProvider)
+
+
+class ToolLists(dict[str, list[Any]]):
+    """The tools of each group. A stale list is listed anew by whoever asks `in`, but still serves calls under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stale: set[str] = set()
+
+    def expire(self) -> None:
+        self._stale.update(self)
+
+    def __contains__(self, group: object) -> bool:
+        return super().__contains__(group) and group not in self._stale
+
+    def __setitem__(self, group: str, tools: list[Any]) -> None:
+        super().__setitem__(group, tools)
+        self._stale.discard(group)
+
+
+def own_caches(impls: dict[Api, Any]) -> None:
+    """Give a stack caches of its own: llama_stack keeps these on the classes, for all stacks of a process."""
+    if models := impls.get(Api.models):
+        models.listed_providers = set()
+    if tool_groups := impls.get(Api.tool_groups):
+        tool_groups.toolgroups_to_tools = ToolLists()
+        tool_groups.tool_to_toolgroup = {}
+
+
+async def refresh(impls: dict[Api, Any]) -> None:
+    """Make what other processes registered usable here, and forget what they removed; safe while turns run.
+
+    The new content takes the place of the old at once: a running turn never finds a gap. Raises psycopg2.Error if
+    Postgres cannot be read; what was known stays then.
+    """
+    tables = [impl for impl in impls.values() if isinstance(impl, CommonRoutingTableImpl)]
+    if tables:
+        await _reload(tables[0].dist_registry)
+    for table in tables:
+        if isinstance(table, ToolGroupsRoutingTable):
+            table.toolgroups_to_tools.expire()
+        for provider in table.impls_by_provider_id.values():
+            await _forget(provider)
+
+
+async def _reload(registry: CachedDiskDistributionRegistry) -> None:
+    values = await registry.kvstore.values_in_range(*_get_registry_key_range())
+    objects = [parsed for value in values if (parsed := _parse(value)) is not None]
+    async with registry._cache_lock:
+        registry.cache = {(parsed.type, parsed.identifier): parsed for parsed in objects}
+
+
+def _parse(value: str) -> Any:
+    try:
+        return _OBJECT.validate_json(value)
+    except ValidationError as error:
+        log.warning("Skipping an entry of the registry that this version cannot read: %s", error)
+        return None
+
+
+async def _forget(provider: Any) -> None:
+    if isinstance(provider, VectorStores):
+        await provider.forget()
+    elif isinstance(provider, PGVectorVectorIOAdapter):
+        provider.cache.clear()
+
+
+async def publish_models(config: StackRunConfig, impls: dict[Api, Any]) -> None:
+    """Make `INFERENCE_MODEL` the models of our model server; models that clients registered stay.
+
+    llama_stack's own way, `list_models`, first deletes all of a provider's models from Postgres and then enters them
+    again: a worker that reads the registry in between would miss them. This one writes only what differs.
+    """
+    wanted = _wanted(config)
+    if wanted is None:
+        return
+    registry = impls[Api.models].dist_registry
+    existing = {entry.identifier: entry for entry in await registry.get_all() if _is_ours(entry)}
+    for identifier in wanted:
+        if identifier not in existing:
+            await _register(registry, identifier)
+    for identifier, entry in existing.items():
+        if identifier not in wanted and entry.source == RegistryEntrySource.listed_from_provider:
+            await registry.delete(ResourceType.model.value, identifier)
+
+
+def _wanted(config: StackRunConfig) -> list[str] | None:
+    for provider in config.providers.get("inference", ()):
+        if provider.module == MODULE and provider.provider_id == MODEL_SERVER:
+            models: list[str] = provider.config["models"]
+            return models
+    return None
+
+
+def _is_ours(entry: Any) -> bool:
+    return entry.type == ResourceType.model.value and entry.provider_id == MODEL_SERVER
+
+
+async def _register(registry: CachedDiskDistributionRegistry, identifier: str) -> None:
+    # `update` and not `register`: an entry of a provider that is no longer configured must give way.
+    await registry.update(
+        ModelWithOwner(
+            identifier=identifier,
+            provider_resource_id=identifier,
+            provider_id=MODEL_SERVER,
+            metadata={},
+            model_type=ModelType.llm,
+            source=RegistryEntrySource.listed_from_provider,
+        )
+    )

@@ -1,0 +1,135 @@
+"""llama_stack's pgvector provider on the process's shared Postgres connection.
+
+Differs from the original: every connection parameter holds (the original knows no TLS), nothing secret stands in its
+configuration, queries run in a thread and not on the event loop, a lost connection is opened again, a refresh forgets
+deleted stores, and a worker does not take up the file batches of the web process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import psycopg2
+from llama_stack.apis.common.errors import VectorStoreNotFoundError
+from llama_stack.apis.vector_stores import VectorStore
+from llama_stack.core.storage.datatypes import KVStoreReference
+from llama_stack.providers.datatypes import Api
+from llama_stack.providers.remote.vector_io.pgvector.pgvector import (
+    VECTOR_DBS_PREFIX,
+    PGVectorIndex,
+    PGVectorVectorIOAdapter,
+    upsert_models,
+)
+from llama_stack.providers.utils.kvstore import kvstore_impl
+from llama_stack.providers.utils.memory.vector_store import VectorStoreWithIndex
+from psycopg2 import sql
+from pydantic import BaseModel
+
+from app.stack.postgres import Connection, KeyValueStore, create_table
+
+
+class VectorConfig(BaseModel):
+    persistence: KVStoreReference
+
+
+def _finish[T](steps: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits for anything, as the original index's are: they only call psycopg2."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise RuntimeError("a pgvector query waited for the event loop")
+
+
+class Index(PGVectorIndex):
+    async def _in_thread(self, name: str, *args: Any) -> Any:
+        method = getattr(PGVectorIndex, name)
+
+        def work() -> Any:
+            try:
+                return _finish(method(self, *args))
+            except (psycopg2.OperationalError, psycopg2.InterfaceError):
+                # The connection was lost; the next cursor opens a new one. Every query here may be run twice.
+                return _finish(method(self, *args))
+
+        return await asyncio.to_thread(work)
+
+    async def initialize(self) -> None:
+        await self._in_thread("initialize")
+
+    async def add_chunks(self, chunks: Any, embeddings: Any) -> None:
+        await self._in_thread("add_chunks", chunks, embeddings)
+
+    async def query_vector(self, embedding: Any, k: int, score_threshold: float) -> Any:
+        return await self._in_thread("query_vector", embedding, k, score_threshold)
+
+    async def query_keyword(self, query_string: str, k: int, score_threshold: float) -> Any:
+        return await self._in_thread("query_keyword", query_string, k, score_threshold)
+
+    async def delete(self) -> None:
+        await self._in_thread("delete")
+
+    async def delete_chunks(self, chunks_for_deletion: Any) -> None:
+        # The original passes the ids as the statement's arguments, instead of as its one argument.
+        ids = [chunk.chunk_id for chunk in chunks_for_deletion]
+        connection: Connection = self.conn
+        statement = f"DELETE FROM {self.table_name} WHERE id = ANY(%s)"  # noqa: S608 (a sanitized identifier)
+        await asyncio.to_thread(connection.run, lambda cursor: cursor.execute(statement, (ids,)))
+
+
+class VectorStores(PGVectorVectorIOAdapter):
+    async def initialize(self) -> None:
+        self.kvstore = await kvstore_impl(self.config.persistence)
+        assert isinstance(self.kvstore, KeyValueStore)
+        self.conn = self.kvstore.connection
+        await asyncio.to_thread(self.conn.run, _create_metadata_table)
+        if self.files_api is not None:
+            await self.initialize_openai_vector_stores()
+
+    async def shutdown(self) -> None:
+        # Not the original's, which closes the connection: that is shared, and closed with the stack.
+        await super(PGVectorVectorIOAdapter, self).shutdown()
+
+    async def forget(self) -> None:
+        """Read from Postgres what other processes registered or deleted, the next time it is asked for."""
+        self.cache.clear()
+        if self.files_api is not None:
+            self.openai_vector_stores = await self._load_openai_vector_stores()
+
+    async def register_vector_store(self, vector_store: VectorStore) -> None:
+        await self.kvstore.set(f"{VECTOR_DBS_PREFIX}{vector_store.identifier}", vector_store.model_dump_json())
+        await asyncio.to_thread(upsert_models, self.conn, [(vector_store.identifier, vector_store)])
+        await self._remember(vector_store)
+
+    async def unregister_vector_store(self, vector_store_id: str) -> None:
+        # The original leaves the table behind where another process registered the store.
+        await self._get_and_cache_vector_store_index(vector_store_id)
+        await super().unregister_vector_store(vector_store_id)
+
+    async def _get_and_cache_vector_store_index(self, vector_store_id: str) -> VectorStoreWithIndex:
+        if cached := self.cache.get(vector_store_id):
+            return cached
+        stored = await self.kvstore.get(f"{VECTOR_DBS_PREFIX}{vector_store_id}")
+        if not stored:
+            raise VectorStoreNotFoundError(vector_store_id)
+        return await self._remember(VectorStore.model_validate_json(stored))
+
+    async def _remember(self, vector_store: VectorStore) -> VectorStoreWithIndex:
+        index = Index(vector_store, vector_store.embedding_dimension, self.conn, self.kvstore)
+        await index.initialize()
+        store = VectorStoreWithIndex(vector_store, index, self.inference_api)
+        self.cache[vector_store.identifier] = store
+        return store
+
+
+def _create_metadata_table(cursor: Any) -> None:
+    create_table(cursor, sql.Identifier("metadata_store"), "key TEXT PRIMARY KEY, data JSONB")
+
+
+async def get_adapter_impl(config: VectorConfig, deps: dict[Api, Any]) -> VectorStores:
+    provider = VectorStores(config, deps[Api.inference], deps.get(Api.files))
+    await provider.initialize()
+    return provider

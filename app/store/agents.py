@@ -1,0 +1,131 @@
+"""Agents and sessions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, not_, select, text, update
+
+from app.domain.errors import NotFound
+from app.store.tables import UNFINISHED_SQL, agents, sessions, turns
+
+
+@dataclass(frozen=True)
+class AgentRow:
+    agent_id: str
+    config: dict[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    session_id: str
+    agent_id: str
+    name: str
+    created_at: datetime
+
+
+def create_agent(connection: Connection, owner: str, agent_id: str, config: dict[str, Any]) -> None:
+    connection.execute(insert(agents).values(agent_id=agent_id, owner=owner, config=config))
+
+
+def get_agent(connection: Connection, owner: str, agent_id: str) -> AgentRow:
+    """Raises NotFound."""
+    row = connection.execute(_agents(owner).where(agents.c.agent_id == agent_id)).one_or_none()
+    if row is None:
+        raise NotFound("Agent", agent_id)
+    return _agent(row)
+
+
+def list_agents(connection: Connection, owner: str, start: int, limit: int) -> tuple[list[AgentRow], bool]:
+    """(one page, oldest first; whether more follow)."""
+    query = _agents(owner).order_by(agents.c.created_at, agents.c.agent_id).offset(start).limit(limit + 1)
+    rows = connection.execute(query).all()
+    return [_agent(row) for row in rows[:limit]], len(rows) > limit
+
+
+def create_session(connection: Connection, owner: str, agent_id: str, session_id: str, name: str) -> None:
+    """Raises NotFound: no such agent."""
+    locked = _agents(owner).where(agents.c.agent_id == agent_id).with_for_update(read=True)
+    if connection.execute(locked).one_or_none() is None:
+        raise NotFound("Agent", agent_id)
+    values = {"session_id": session_id, "agent_id": agent_id, "owner": owner, "name": name}
+    connection.execute(insert(sessions).values(**values))
+
+
+def get_session(connection: Connection, owner: str, agent_id: str, session_id: str) -> SessionRow:
+    """Raises NotFound: no such agent, or it has no such session."""
+    query = _sessions(owner, agent_id).where(sessions.c.session_id == session_id)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        get_agent(connection, owner, agent_id)
+        raise NotFound("Session", session_id)
+    return _session(row)
+
+
+def list_sessions(
+    connection: Connection, owner: str, agent_id: str, start: int, limit: int
+) -> tuple[list[SessionRow], bool]:
+    """(one page, oldest first; whether more follow). Raises NotFound: no such agent."""
+    get_agent(connection, owner, agent_id)
+    query = _sessions(owner, agent_id).order_by(sessions.c.created_at, sessions.c.session_id)
+    rows = connection.execute(query.offset(start).limit(limit + 1)).all()
+    return [_session(row) for row in rows[:limit]], len(rows) > limit
+
+
+def mark_agent_deleted(connection: Connection, owner: str, agent_id: str) -> list[str]:
+    """Hides an agent and its sessions at once; gives the ids of the unfinished turns. Raises NotFound."""
+    marked = (
+        update(agents)
+        .where(agents.c.agent_id == agent_id, agents.c.owner == owner, agents.c.deleted_at.is_(None))
+        .values(deleted_at=func.clock_timestamp())
+    )
+    if connection.execute(marked).rowcount == 0:
+        raise NotFound("Agent", agent_id)
+    hidden = update(sessions).where(sessions.c.agent_id == agent_id, sessions.c.deleted_at.is_(None))
+    connection.execute(hidden.values(deleted_at=func.clock_timestamp()))
+    query = select(turns.c.turn_id).join(sessions).where(sessions.c.agent_id == agent_id, text(UNFINISHED_SQL))
+    return list(connection.scalars(query))
+
+
+def mark_session_deleted(connection: Connection, owner: str, agent_id: str, session_id: str) -> list[str]:
+    """Hides a session at once; gives the ids of its unfinished turns. Raises NotFound."""
+    get_session(connection, owner, agent_id, session_id)
+    marked = update(sessions).where(sessions.c.session_id == session_id)
+    connection.execute(marked.values(deleted_at=func.clock_timestamp()))
+    return list(
+        connection.scalars(select(turns.c.turn_id).where(turns.c.session_id == session_id, text(UNFINISHED_SQL)))
+    )
+
+
+def purge_deleted(connection: Connection, grace_seconds: float, limit: int) -> int:
+    """Deletes the rows of sessions and agents marked deleted `grace_seconds` ago, once nothing is unfinished there."""
+    old = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, grace_seconds)
+    running = exists().where(and_(turns.c.session_id == sessions.c.session_id, text(UNFINISHED_SQL)))
+    idle = select(sessions.c.session_id).where(sessions.c.deleted_at < old, not_(running))
+    gone = delete(sessions).where(sessions.c.session_id.in_(idle.limit(limit).with_for_update(skip_locked=True)))
+    purged = connection.execute(gone).rowcount
+    left = exists().where(sessions.c.agent_id == agents.c.agent_id)
+    empty = select(agents.c.agent_id).where(agents.c.deleted_at < old, not_(left))
+    gone = delete(agents).where(agents.c.agent_id.in_(empty.limit(limit).with_for_update(skip_locked=True)))
+    return purged + connection.execute(gone).rowcount
+
+
+def _agents(owner: str) -> Any:
+    columns = select(agents.c.agent_id, agents.c.config, agents.c.created_at)
+    return columns.where(agents.c.owner == owner, agents.c.deleted_at.is_(None))
+
+
+def _sessions(owner: str, agent_id: str) -> Any:
+    columns = select(sessions.c.session_id, sessions.c.agent_id, sessions.c.name, sessions.c.created_at)
+    return columns.where(sessions.c.agent_id == agent_id, sessions.c.owner == owner, sessions.c.deleted_at.is_(None))
+
+
+def _agent(row: Row[Any]) -> AgentRow:
+    return AgentRow(row.agent_id, row.config, row.created_at)
+
+
+def _session(row: Row[Any]) -> SessionRow:
+    return SessionRow(row.session_id, row.agent_id, row.name, row.created_at)

@@ -1,0 +1,282 @@
+"""Turns as their owner sees them: claimed, recorded step by step, ended, handed back.
+
+Every write here needs the current fence, status `running` and the owner. A write that finds itself already made (its
+commit reply was lost) is not made again; one that finds another owner raises AttemptLost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, and_, exists, func, insert, literal, select, text, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from app.domain.errors import AttemptLost, TurnFailure
+from app.domain.events import Event, EventId
+from app.domain.turns import TurnStatus
+from app.store.tables import UNFINISHED_SQL, agents, journal, registry_version, sessions, tool_calls, turns, workers
+from app.store.turns import _steps, add_segment
+
+
+@dataclass(frozen=True)
+class PastTurn:
+    """An earlier turn of the session: its input messages and its steps, as JSON."""
+
+    messages: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A server tool call that was started: by which attempt, and its ToolResponse once it is there."""
+
+    fence: int
+    result: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A turn that this worker owns, with all that is needed to go on with it."""
+
+    turn_id: str
+    session_id: str
+    agent_id: str
+    owner: str
+    worker_id: str
+    fence: int
+    last: EventId
+    tail_lost: bool
+    agent_config: dict[str, Any]
+    request: dict[str, Any]
+    resolved: dict[str, Any] | None
+    tool_responses: dict[str, list[dict[str, Any]]]
+    started_at: datetime
+    deadline_at: datetime
+    registry_version: int
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    ledger: dict[tuple[int, int], LedgerEntry] = field(default_factory=dict)
+    past: list[PastTurn] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LegEnd:
+    """How a leg ends: the turn's next status, the message it ends with, or why it failed."""
+
+    status: TurnStatus
+    output_message: dict[str, Any] | None = None
+    failure: TurnFailure | None = None
+    completed_at: datetime | None = None
+    deadline_seconds: float | None = None
+
+
+def claim(connection: Connection, turn_id: str, worker_id: str, timeout_seconds: float) -> Claim | None:
+    """Takes a queued turn that is the first unfinished one of its session; needs a live lease.
+
+    None: somebody else has it, it has ended, an earlier turn of its session has not, or the lease is over.
+    """
+    now = func.clock_timestamp()
+    earlier = turns.alias("earlier")
+    first = ~exists().where(
+        and_(
+            earlier.c.session_id == turns.c.session_id,
+            earlier.c.number < turns.c.number,
+            text(f"earlier.{UNFINISHED_SQL}"),
+        )
+    )
+    alive = exists().where(
+        and_(workers.c.worker_id == worker_id, workers.c.dead_at.is_(None), workers.c.lease_until > now)
+    )
+    taken = (
+        update(turns)
+        .where(turns.c.turn_id == turn_id, turns.c.status == TurnStatus.QUEUED, first, alive)
+        .values(
+            status=TurnStatus.RUNNING,
+            fence=turns.c.fence + 1,
+            worker_id=worker_id,
+            claimed_at=now,
+            started_at=func.coalesce(turns.c.started_at, now),
+            deadline_at=func.coalesce(turns.c.deadline_at, now + _seconds(timeout_seconds)),
+            cancel_requested_at=None,
+        )
+        .returning(turns)
+    )
+    row = connection.execute(taken).one_or_none()
+    if row is None:
+        return None
+    context = connection.execute(
+        select(agents.c.agent_id, agents.c.config, sessions.c.deleted_at, registry_version.c.version)
+        .select_from(sessions.join(agents, sessions.c.agent_id == agents.c.agent_id), registry_version)
+        .where(sessions.c.session_id == row.session_id)
+    ).one()
+    return Claim(
+        turn_id=row.turn_id,
+        session_id=row.session_id,
+        agent_id=context.agent_id,
+        owner=row.owner,
+        worker_id=worker_id,
+        fence=row.fence,
+        last=EventId(row.last_fence, row.last_n),
+        tail_lost=row.tail_lost,
+        agent_config=context.config,
+        request=row.request,
+        resolved=row.resolved,
+        tool_responses=row.tool_responses,
+        started_at=row.started_at,
+        deadline_at=row.deadline_at,
+        registry_version=context.version,
+        **_recorded(connection, row.turn_id, row.session_id, row.number),
+    )
+
+
+def _recorded(connection: Connection, turn_id: str, session_id: str, number: int) -> dict[str, Any]:
+    """The turn's journal and ledger, and the session's earlier turns: three statements, however many turns there are."""
+    earlier = connection.execute(
+        select(turns.c.turn_id, turns.c.request)
+        .where(turns.c.session_id == session_id, turns.c.number < number)
+        .order_by(turns.c.number)
+    ).all()
+    steps = _steps(connection, [turn_id, *(row.turn_id for row in earlier)])
+    entries = connection.execute(select(tool_calls).where(tool_calls.c.turn_id == turn_id))
+    return {
+        "steps": steps[turn_id],
+        "past": [PastTurn(row.request["messages"], steps[row.turn_id]) for row in earlier],
+        "ledger": {(row.ordinal, row.index): LedgerEntry(row.fence, row.result) for row in entries},
+    }
+
+
+def record(
+    connection: Connection,
+    claim: Claim,
+    events: Sequence[Event],
+    *,
+    step: dict[str, Any] | None = None,
+    resolved: dict[str, Any] | None = None,
+    started_calls: Sequence[tuple[int, int]] = (),
+    result: tuple[int, int, dict[str, Any]] | None = None,
+    end: LegEnd | None = None,
+) -> Claim:
+    """Records what happened since the last recording, in one fenced transaction; gives the claim as it is now.
+
+    `events`: all events since the last segment. `step`: the next Step of the journal. `started_calls`: (ordinal, index)
+    of tool calls about to be made. `result`: (ordinal, index, ToolResponse) of one that was made.
+    Raises AttemptLost: this worker no longer owns the turn.
+    """
+    values: dict[str, Any] = _end_values(end) if end else {}
+    if step is not None:
+        values["failures"] = 0
+    if resolved is not None:
+        values["resolved"] = resolved
+    if events:
+        values |= {"last_fence": events[-1].id.fence, "last_n": events[-1].id.n, "tail_lost": False}
+    if values and not _fenced_update(connection, claim, values, events):
+        return _advanced(claim, events, step, resolved)
+    if step is not None:
+        row = {"turn_id": claim.turn_id, "ordinal": len(claim.steps), "step_id": step["step_id"], "step": step}
+        connection.execute(insert(journal).values(row))
+    if events:
+        add_segment(connection, claim.turn_id, events)
+    for ordinal, index in started_calls:
+        _start_call(connection, claim, ordinal, index)
+    if result is not None:
+        _finish_call(connection, claim, *result)
+    return _advanced(claim, events, step, resolved)
+
+
+def _fenced_update(connection: Connection, claim: Claim, values: dict[str, Any], events: Sequence[Event]) -> bool:
+    """False: it was made before. Raises AttemptLost."""
+    owned = update(turns).where(
+        turns.c.turn_id == claim.turn_id,
+        turns.c.fence == claim.fence,
+        turns.c.status == TurnStatus.RUNNING,
+        turns.c.worker_id == claim.worker_id,
+        turns.c.last_fence == claim.last.fence,
+        turns.c.last_n == claim.last.n,
+    )
+    if connection.execute(owned.values(values)).rowcount:
+        return True
+    row = connection.execute(select(turns).where(turns.c.turn_id == claim.turn_id)).one_or_none()
+    if row and events and row.fence == claim.fence and (row.last_fence, row.last_n) == events[-1].id:
+        return False
+    raise AttemptLost(f"turn {claim.turn_id}: attempt {claim.fence} is over")
+
+
+def _end_values(end: LegEnd) -> dict[str, Any]:
+    now = func.clock_timestamp()
+    return {
+        "status": end.status,
+        "output_message": end.output_message,
+        "error": end.failure.as_dict() if end.failure else None,
+        "completed_at": end.completed_at,
+        "deadline_at": now + _seconds(end.deadline_seconds) if end.deadline_seconds else None,
+    }
+
+
+def _start_call(connection: Connection, claim: Claim, ordinal: int, index: int) -> None:
+    row = {"turn_id": claim.turn_id, "ordinal": ordinal, "index": index, "fence": claim.fence}
+    again = {"fence": claim.fence, "started_at": func.clock_timestamp()}
+    connection.execute(
+        upsert(tool_calls).values(row).on_conflict_do_update(index_elements=["turn_id", "ordinal", "index"], set_=again)
+    )
+
+
+def _finish_call(connection: Connection, claim: Claim, ordinal: int, index: int, response: dict[str, Any]) -> None:
+    """The ledger's own fence keeps an attempt that is over from overwriting its successor's result."""
+    finished = update(tool_calls).where(
+        tool_calls.c.turn_id == claim.turn_id,
+        tool_calls.c.ordinal == ordinal,
+        tool_calls.c.index == index,
+        exists().where(
+            and_(
+                turns.c.turn_id == claim.turn_id,
+                turns.c.fence == claim.fence,
+                turns.c.status == TurnStatus.RUNNING,
+            )
+        ),
+    )
+    if connection.execute(finished.values(result=response)).rowcount == 0:
+        raise AttemptLost(f"turn {claim.turn_id}: attempt {claim.fence} is over")
+
+
+def _advanced(
+    claim: Claim, events: Sequence[Event], step: dict[str, Any] | None, resolved: dict[str, Any] | None
+) -> Claim:
+    return replace(
+        claim,
+        last=events[-1].id if events else claim.last,
+        steps=[*claim.steps, step] if step is not None else claim.steps,
+        resolved=resolved if resolved is not None else claim.resolved,
+        tail_lost=False if events else claim.tail_lost,
+    )
+
+
+def hand_over(connection: Connection, claim: Claim, events: Sequence[Event]) -> bool:
+    """Puts an owned turn back to queued, at no cost to its failures; False if it is no longer owned."""
+    values: dict[str, Any] = {
+        "status": TurnStatus.QUEUED,
+        "fence": turns.c.fence + 1,
+        "queued_at": func.clock_timestamp(),
+        "rung_at": func.clock_timestamp(),
+        "rings": 1,
+    }
+    if events:
+        values |= {"last_fence": events[-1].id.fence, "last_n": events[-1].id.n}
+    try:
+        if _fenced_update(connection, claim, values, ()) and events:
+            add_segment(connection, claim.turn_id, events)
+    except AttemptLost:
+        return False
+    return True
+
+
+def still_owned(connection: Connection, claim: Claim) -> bool:
+    """Whether the claim holds; waits for whoever is ending the turn at this moment."""
+    query = select(turns.c.fence, turns.c.status).where(turns.c.turn_id == claim.turn_id).with_for_update(read=True)
+    row = connection.execute(query).one_or_none()
+    return row is not None and row.fence == claim.fence and row.status == TurnStatus.RUNNING
+
+
+def _seconds(seconds: float) -> Any:
+    return func.make_interval(0, 0, 0, 0, 0, 0, literal(seconds))

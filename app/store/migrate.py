@@ -1,0 +1,59 @@
+"""Brings a database to this version's schema, and tells which revision it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
+
+_LOCK = 0x6361_7261_7661_6E  # "caravan": two processes that start together migrate one after the other
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
+
+
+def head() -> str:
+    """The revision that this version of the code needs."""
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    assert revision is not None
+    return revision
+
+
+def current(connection: Connection) -> str | None:
+    """The revision that the database has; None: it was never migrated."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def upgrade(url: URL | str) -> None:
+    """Migrates the database at `url` to `head`, under an advisory lock; does nothing if it is there already.
+
+    Raises sqlalchemy.exc.OperationalError: the database cannot be reached.
+    """
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
+        connection.commit()
+        try:
+            run(connection, command.upgrade, "head")
+        finally:
+            connection.rollback()
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _LOCK})
+            connection.commit()
+
+
+def run(connection: Connection, action: Any, *arguments: Any) -> None:
+    """Runs one of Alembic's commands on an open connection."""
+    config = _config()
+    config.attributes["connection"] = connection
+    action(config, *arguments)
+    connection.commit()

@@ -1,0 +1,67 @@
+"""The pool of connections, and how everyone runs a transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from app.domain.errors import Unavailable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CONNECT_TIMEOUT_SECONDS = 5
+
+
+class Store:
+    """At most `pool_size` connections to Postgres, opened as they are needed, and as many threads to use them from."""
+
+    def __init__(self, url: URL | str, *, pool_size: int, name: str) -> None:
+        self.engine = create_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": f"caravan-{name}"},
+        )
+        self._threads = ThreadPoolExecutor(max_workers=pool_size, thread_name_prefix=f"store-{name}")
+
+    def transact(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs `query(connection, …)` as one transaction, committed unless it raises.
+
+        Raises Unavailable: Postgres cannot be reached or went away; whether the transaction was committed is then
+        unknown.
+        """
+        try:
+            with self.engine.begin() as connection:
+                return query(connection, *args, **kwargs)
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            raise Unavailable(f"Postgres is not available (DATABASE_URL): {_first_line(error)}") from error
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise Unavailable(f"Postgres went away (DATABASE_URL): {_first_line(error)}") from error
+            raise
+
+    async def run(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """`transact` in one of the store's threads."""
+
+        def call() -> R:
+            return self.transact(query, *args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+        self.engine.dispose()
+
+
+def _first_line(error: Exception) -> str:
+    original: Any = getattr(error, "orig", None) or error
+    return str(original).strip().partition("\n")[0]

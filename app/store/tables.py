@@ -1,0 +1,168 @@
+"""The schema. `app.store.migrations` makes it; a test proves that the two agree.
+
+JSON is stored as `json`, not `jsonb`: it is never searched inside, and `jsonb` refuses the character U+0000, which
+models and clients do send.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+
+from app.domain.turns import ENDED, TurnStatus
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _one_of(statuses: frozenset[TurnStatus]) -> str:
+    return ", ".join(f"'{status.value}'" for status in TurnStatus if status in statuses)
+
+
+UNFINISHED_SQL = f"status NOT IN ({_one_of(ENDED)})"
+_Id = Uuid(as_uuid=False)
+_Time = DateTime(timezone=True)
+
+agents = Table(
+    "agents",
+    metadata,
+    Column("agent_id", _Id, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("config", JSON, nullable=False, comment="AgentConfig of llama-stack 0.3.5"),
+    Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("deleted_at", _Time, comment="Asked to be deleted; the row goes once nothing runs there"),
+)
+Index("ix_agents_owner", agents.c.owner, agents.c.created_at, postgresql_where=agents.c.deleted_at.is_(None))
+Index("ix_agents_deleted", agents.c.deleted_at, postgresql_where=agents.c.deleted_at.is_not(None))
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", _Id, primary_key=True),
+    Column("agent_id", _Id, ForeignKey("agents.agent_id", ondelete="CASCADE"), nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("next_number", Integer, nullable=False, server_default=text("1"), comment="Of the session's next turn"),
+    Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("deleted_at", _Time),
+)
+Index("ix_sessions_agent", sessions.c.agent_id, sessions.c.created_at)
+Index("ix_sessions_deleted", sessions.c.deleted_at, postgresql_where=sessions.c.deleted_at.is_not(None))
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker_id", _Id, primary_key=True, comment="One incarnation of one worker process"),
+    Column("name", Text, nullable=False, comment="hostname:pid"),
+    Column("started_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("lease_until", _Time, nullable=False),
+    Column("dead_at", _Time, comment="Set once by whoever finds the lease expired; a dead row is never renewed"),
+)
+Index("ix_workers_alive", workers.c.lease_until, postgresql_where=workers.c.dead_at.is_(None))
+
+turns = Table(
+    "turns",
+    metadata,
+    Column("turn_id", _Id, primary_key=True),
+    Column("session_id", _Id, ForeignKey("sessions.session_id", ondelete="CASCADE"), nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("number", Integer, nullable=False, comment="Order in the session"),
+    Column("status", Text, nullable=False),
+    Column("request", JSON, nullable=False, comment="messages, documents, toolgroups, tool_config"),
+    Column("resolved", JSON, comment="What the turn resolved once: tools, text of its documents"),
+    Column("tool_responses", JSON, nullable=False, comment="A client's responses, by ordinal of the asking step"),
+    Column(
+        "fence", Integer, nullable=False, server_default=text("0"), comment="Raised by every claim, requeue and end"
+    ),
+    Column("worker_id", _Id, ForeignKey("workers.worker_id"), comment="Owner while running, else the last one"),
+    Column("failures", Integer, nullable=False, server_default=text("0"), comment="Workers lost since the last step"),
+    Column(
+        "tail_lost",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="A dead attempt may have unrecorded events",
+    ),
+    Column("last_fence", Integer, nullable=False, server_default=text("0"), comment="Fence of the last recorded event"),
+    Column("last_n", BigInteger, nullable=False, server_default=text("0"), comment="Number of the last recorded event"),
+    Column("cancel_requested_at", _Time),
+    Column("error", JSON, comment="code and message, if failed or cancelled"),
+    Column("output_message", JSON, comment="CompletionMessage, once awaiting input or completed"),
+    Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("queued_at", _Time, nullable=False, comment="When it last became claimable or was put behind others"),
+    Column("rung_at", _Time, comment="When its doorbell was last rung"),
+    Column("rings", Integer, nullable=False, server_default=text("0"), comment="Doorbells since it was last queued"),
+    Column("claimed_at", _Time),
+    Column("started_at", _Time),
+    Column("deadline_at", _Time, comment="End of this leg while running, of the wait while awaiting input"),
+    Column("completed_at", _Time),
+    UniqueConstraint("session_id", "number"),
+    CheckConstraint(f"status IN ({_one_of(frozenset(TurnStatus))})", name="status"),
+    CheckConstraint("status <> 'running' OR worker_id IS NOT NULL", name="running_has_worker"),
+)
+Index("ix_turns_unfinished", turns.c.session_id, turns.c.number, postgresql_where=text(UNFINISHED_SQL))
+Index("ix_turns_queued", turns.c.queued_at, postgresql_where=text("status = 'queued'"))
+Index("ix_turns_worker", turns.c.worker_id, postgresql_where=text("status = 'running'"))
+Index("ix_turns_worker_any", turns.c.worker_id)
+Index("ix_turns_deadline", turns.c.deadline_at, postgresql_where=text("status IN ('running', 'awaiting_input')"))
+Index("ix_turns_created", turns.c.created_at)
+
+journal = Table(
+    "journal",
+    metadata,
+    Column("turn_id", _Id, ForeignKey("turns.turn_id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", Integer, primary_key=True, comment="Order of the step in the turn, from 0"),
+    Column("step_id", _Id, nullable=False),
+    Column("step", JSON, nullable=False, comment="Step of llama-stack 0.3.5, with its times"),
+    UniqueConstraint("turn_id", "step_id"),
+)
+
+tool_calls = Table(
+    "tool_calls",
+    metadata,
+    Column("turn_id", _Id, ForeignKey("turns.turn_id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", Integer, primary_key=True, comment="Of the inference step that asked"),
+    Column("index", Integer, primary_key=True, comment="Of the call in that step's message"),
+    Column("fence", Integer, nullable=False, comment="Of the attempt that made the call last"),
+    Column("started_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("result", JSON, comment="ToolResponse; empty while in flight"),
+)
+
+event_segments = Table(
+    "event_segments",
+    metadata,
+    Column("turn_id", _Id, ForeignKey("turns.turn_id", ondelete="CASCADE"), primary_key=True),
+    Column("last_fence", Integer, primary_key=True, comment="Of the segment's last event"),
+    Column("last_n", BigInteger, primary_key=True),
+    Column("events", LargeBinary, nullable=False, comment="zlib of lines `after id kind data`"),
+)
+
+registry_version = Table(
+    "registry_version",
+    metadata,
+    Column("id", Boolean, primary_key=True, server_default=text("true")),
+    Column("version", BigInteger, nullable=False, server_default=text("0")),
+    CheckConstraint("id", name="one_row"),
+)

@@ -1,0 +1,201 @@
+"""Leases of worker processes, and what upkeep asks and changes. There is no leader: every process does this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, and_, delete, exists, func, insert, literal, or_, select, text, update
+
+from app.domain.errors import TurnFailure
+from app.domain.turns import TurnStatus
+from app.store.tables import UNFINISHED_SQL, registry_version, turns, workers
+from app.store.turns import Ended, RaiseFence, end
+
+BATCH = 50
+RING_FIRST_SECONDS = 4
+RING_MOST_SECONDS = 60
+KEEP_DEAD_WORKERS_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """A worker process whose lease is not over."""
+
+    worker_id: str
+    name: str
+    running: int
+
+
+def register(connection: Connection, worker_id: str, name: str, lease_seconds: float) -> None:
+    lease = func.clock_timestamp() + _seconds(lease_seconds)
+    connection.execute(insert(workers).values(worker_id=worker_id, name=name, lease_until=lease))
+
+
+def renew(connection: Connection, worker_id: str, lease_seconds: float) -> set[str] | None:
+    """Renews a lease; gives the ids of the worker's turns that are to be cancelled. None: it was found dead."""
+    lease = func.clock_timestamp() + _seconds(lease_seconds)
+    mine = update(workers).where(workers.c.worker_id == worker_id, workers.c.dead_at.is_(None))
+    if connection.execute(mine.values(lease_until=lease)).rowcount == 0:
+        return None
+    asked = select(turns.c.turn_id).where(
+        turns.c.worker_id == worker_id,
+        turns.c.status == TurnStatus.RUNNING,
+        or_(turns.c.cancel_requested_at.is_not(None), turns.c.deadline_at < func.clock_timestamp()),
+    )
+    return set(connection.scalars(asked))
+
+
+def retire(connection: Connection, worker_id: str) -> None:
+    """Ends one's own lease: what it still owns can be taken at once."""
+    connection.execute(
+        update(workers).where(workers.c.worker_id == worker_id).values(lease_until=func.clock_timestamp())
+    )
+
+
+def live_workers(connection: Connection) -> list[WorkerRow]:
+    running = (
+        select(func.count())
+        .where(turns.c.worker_id == workers.c.worker_id, turns.c.status == TurnStatus.RUNNING)
+        .scalar_subquery()
+    )
+    query = select(workers.c.worker_id, workers.c.name, running.label("running"))
+    alive = query.where(workers.c.dead_at.is_(None), workers.c.lease_until > func.clock_timestamp())
+    return [WorkerRow(row.worker_id, row.name, row.running) for row in connection.execute(alive.order_by("name"))]
+
+
+def mark_dead(connection: Connection, lease_seconds: float) -> int:
+    """Marks workers whose lease is over, checking it again in the statement; not within a lease of Postgres's start."""
+    now = func.clock_timestamp()
+    expired = update(workers).where(
+        workers.c.dead_at.is_(None),
+        workers.c.lease_until < now,
+        func.pg_postmaster_start_time() + _seconds(lease_seconds) < now,
+    )
+    return connection.execute(expired.values(dead_at=now)).rowcount
+
+
+def orphans(connection: Connection) -> list[str]:
+    """Running turns whose worker is dead."""
+    query = select(turns.c.turn_id).join(workers, workers.c.worker_id == turns.c.worker_id)
+    return list(
+        connection.scalars(
+            query.where(turns.c.status == TurnStatus.RUNNING, workers.c.dead_at.is_not(None)).limit(BATCH)
+        )
+    )
+
+
+def take_from_dead(
+    connection: Connection, turn_id: str, max_losses: int, raise_fence: RaiseFence
+) -> tuple[str | None, Ended | None]:
+    """Puts a dead worker's turn back to queued, or ends it: (its id if it is to be rung, its end if it ended).
+
+    It ends if it lost `max_losses` workers with no step recorded in between, if it is to be cancelled, or is overdue.
+    """
+    row = connection.execute(
+        select(turns)
+        .where(turns.c.turn_id == turn_id, turns.c.status == TurnStatus.RUNNING)
+        .where(exists().where(and_(workers.c.worker_id == turns.c.worker_id, workers.c.dead_at.is_not(None))))
+        .with_for_update(skip_locked=True)
+    ).one_or_none()
+    if row is None:
+        return None, None
+    failures = row.failures + 1
+    overdue = row.deadline_at is not None and row.deadline_at < connection.scalar(select(func.clock_timestamp()))
+    if row.cancel_requested_at is not None:
+        return None, end(connection, turn_id, TurnFailure("cancelled", "Cancelled."), raise_fence, running=True)
+    if overdue:
+        return None, end(connection, turn_id, overdue_failure(), raise_fence, running=True)
+    if failures >= max_losses:
+        message = f"The worker running this turn was lost {failures} times in a row with no step finished in between."
+        return None, end(connection, turn_id, TurnFailure("worker_lost", message), raise_fence, running=True)
+    connection.execute(
+        update(turns)
+        .where(turns.c.turn_id == turn_id)
+        .values(
+            status=TurnStatus.QUEUED,
+            fence=turns.c.fence + 1,
+            failures=failures,
+            tail_lost=True,
+            queued_at=func.clock_timestamp(),
+            rung_at=func.clock_timestamp(),
+            rings=1,
+        )
+    )
+    return turn_id, None
+
+
+def overdue_failure() -> TurnFailure:
+    return TurnFailure("turn_timeout", "The turn took longer than it may (TURN_TIMEOUT_SECONDS).")
+
+
+def to_ring(connection: Connection) -> list[str]:
+    """Claimable turns whose last doorbell is old enough: 4 s, then twice as long each time, at most a minute."""
+    now = func.clock_timestamp()
+    earlier = turns.alias("earlier")
+    wait = func.least(RING_FIRST_SECONDS * func.power(2, func.least(turns.c.rings - 1, 8)), RING_MOST_SECONDS)
+    due = (
+        select(turns.c.turn_id)
+        .where(
+            turns.c.status == TurnStatus.QUEUED,
+            or_(turns.c.rung_at.is_(None), turns.c.rung_at < now - func.make_interval(0, 0, 0, 0, 0, 0, wait)),
+            ~exists().where(
+                and_(
+                    earlier.c.session_id == turns.c.session_id,
+                    earlier.c.number < turns.c.number,
+                    text(f"earlier.{UNFINISHED_SQL}"),
+                )
+            ),
+        )
+        .order_by(turns.c.queued_at)
+        .limit(BATCH)
+        .with_for_update(skip_locked=True)
+    )
+    ring = update(turns).where(turns.c.turn_id.in_(due)).values(rung_at=now, rings=turns.c.rings + 1)
+    return list(connection.scalars(ring.returning(turns.c.turn_id)))
+
+
+def overdue(connection: Connection, max_queue_wait_seconds: float) -> list[tuple[str, TurnFailure]]:
+    """Turns that waited too long, for a worker or for input, and why that ends them."""
+    now = func.clock_timestamp()
+    earlier = turns.alias("earlier")
+    is_first = ~exists().where(
+        and_(
+            earlier.c.session_id == turns.c.session_id,
+            earlier.c.number < turns.c.number,
+            text(f"earlier.{UNFINISHED_SQL}"),
+        )
+    )
+    waited = and_(
+        turns.c.status == TurnStatus.QUEUED, turns.c.queued_at < now - _seconds(max_queue_wait_seconds), is_first
+    )
+    unanswered = and_(turns.c.status == TurnStatus.AWAITING_INPUT, turns.c.deadline_at < now)
+    alive = select(func.count()).where(workers.c.dead_at.is_(None), workers.c.lease_until > now).scalar_subquery()
+    query = select(turns.c.turn_id, turns.c.status, alive.label("workers")).where(or_(waited, unanswered)).limit(BATCH)
+    return [
+        (row.turn_id, _overdue(row.status, row.workers, max_queue_wait_seconds)) for row in connection.execute(query)
+    ]
+
+
+def _overdue(status: str, live: int, max_queue_wait_seconds: float) -> TurnFailure:
+    if status == TurnStatus.AWAITING_INPUT:
+        return TurnFailure("input_wait_exceeded", "No tool responses came in time (INPUT_WAIT_SECONDS).")
+    why = f"all {live} workers are busy" if live else "no worker is running"
+    message = f"No worker took the turn within {max_queue_wait_seconds:g} s (MAX_QUEUE_WAIT_SECONDS): {why}."
+    return TurnFailure("queue_wait_exceeded", message)
+
+
+def forget_dead_workers(connection: Connection) -> int:
+    """Deletes rows of long dead workers that no turn names."""
+    old = workers.c.dead_at < func.clock_timestamp() - _seconds(KEEP_DEAD_WORKERS_SECONDS)
+    unused = ~exists().where(turns.c.worker_id == workers.c.worker_id)
+    return connection.execute(delete(workers).where(old, unused)).rowcount
+
+
+def bump_registry_version(connection: Connection) -> None:
+    """Tells every worker, at its next claim, that models, toolgroups, shields or vector stores have changed."""
+    connection.execute(update(registry_version).values(version=registry_version.c.version + 1))
+
+
+def _seconds(seconds: float) -> Any:
+    return func.make_interval(0, 0, 0, 0, 0, 0, literal(seconds))

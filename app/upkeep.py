@@ -1,0 +1,93 @@
+"""What every process, web or worker, does every few seconds. There is no leader: rows are taken by SKIP LOCKED.
+
+It finds dead workers and takes their turns, rings claimable turns again, ends turns that waited too long, and deletes
+what was marked deleted. Nobody reaps within one lease of Postgres's start, of his own first look, or of a slow or
+failed query of his own: he cannot tell a dead worker from an outage.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+
+from app.domain.errors import Unavailable
+from app.endings import Endings
+from app.settings import Settings
+from app.store import agents, workers
+
+logger = logging.getLogger(__name__)
+
+DELETED_GRACE_SECONDS = 30
+PURGE_BATCH = 100
+
+
+class Upkeep(threading.Thread):
+    """A daemon thread; `stop` ends it."""
+
+    def __init__(self, settings: Settings, endings: Endings) -> None:
+        super().__init__(name="upkeep", daemon=True)
+        self._settings = settings
+        self._endings = endings
+        self._store = endings.store
+        self._stopping = threading.Event()
+        self._trust_after = time.monotonic() + settings.lease_seconds
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join(timeout=10)
+
+    def run(self) -> None:
+        while not self._stopping.wait(self._settings.upkeep_seconds * random.uniform(0.8, 1.2)):  # noqa: S311
+            try:
+                self.once()
+            except Unavailable as error:
+                self._distrust()
+                logger.warning("upkeep waits: %s", error)
+            except Exception:
+                logger.exception("upkeep failed, and goes on")
+
+    def once(self) -> None:
+        """One round. Raises Unavailable."""
+        started = time.monotonic()
+        if started >= self._trust_after:
+            self._reap()
+        self._ring()
+        for turn_id, failure in self._store.transact(workers.overdue, self._settings.max_queue_wait_seconds):
+            if self._endings.end(turn_id, failure):
+                logger.warning("turn %s failed: %s", turn_id, failure)
+        self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
+        self._store.transact(workers.forget_dead_workers)
+        if time.monotonic() - started > self._settings.heartbeat_seconds:
+            self._distrust()
+
+    def _reap(self) -> None:
+        started = time.monotonic()
+        dead = self._store.transact(self._mark_dead_unless_slow, started)
+        if dead:
+            logger.warning("%d worker processes are dead: their leases ran out", dead)
+        for turn_id in self._store.transact(workers.orphans):
+            queued, ended = self._store.transact(
+                workers.take_from_dead, turn_id, self._settings.max_worker_losses, self._endings.log.raise_fence
+            )
+            if queued:
+                logger.warning("turn %s lost its worker and is queued again", queued)
+                self._endings.doorbell.ring(queued)
+            if ended:
+                logger.warning("turn %s lost its worker and has ended", turn_id)
+                self._endings.announce([ended])
+
+    def _mark_dead_unless_slow(self, connection: workers.Connection, started: float) -> int:
+        """A reap whose own statement was slow is rolled back: the leases may have been renewed behind the same delay."""
+        dead = workers.mark_dead(connection, self._settings.lease_seconds)
+        if time.monotonic() - started > self._settings.heartbeat_seconds:
+            raise Unavailable("Postgres answers slowly, so nobody is taken for dead")
+        return dead
+
+    def _ring(self) -> None:
+        for turn_id in self._store.transact(workers.to_ring):
+            self._endings.doorbell.ring(turn_id)
+
+    def _distrust(self) -> None:
+        self._trust_after = time.monotonic() + self._settings.lease_seconds

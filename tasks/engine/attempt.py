@@ -1,0 +1,398 @@
+"""One attempt at one leg of a turn: decide, do, record, until the leg ends or the turn is somebody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from llama_stack.apis.agents import AgentConfig, InferenceStep, Step, ToolExecutionStep
+from llama_stack.apis.common.content_types import TextContentItem
+from llama_stack.apis.inference import (
+    CompletionMessage,
+    Message,
+    ToolCall,
+    ToolResponse,
+    ToolResponseMessage,
+    UserMessage,
+)
+from pydantic import TypeAdapter
+from redis.exceptions import RedisError
+
+from app.domain import events, history, shapes
+from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide
+from app.domain.errors import AttemptLost, TurnFailure, Unavailable
+from app.domain.events import LOST_TAIL_LEAP, Event, EventKind
+from app.domain.turns import TurnStatus
+from app.events.log import EventLog
+from app.events.writer import EventWriter
+from app.settings import Settings
+from app.store import Store, claims
+from app.store.claims import Claim, LegEnd
+from app.store.workers import overdue_failure
+from tasks.engine import inference, tools
+from tasks.engine.messages import chat_request
+from tasks.stack import LlamaStack
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.5
+Outcome = Literal["completed", "awaiting_input", "failed", "cancelled", "handed over", "lost"]
+
+_steps: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
+_inputs: TypeAdapter[list[Message]] = TypeAdapter(list[UserMessage | ToolResponseMessage])
+_responses: TypeAdapter[list[ToolResponse]] = TypeAdapter(list[ToolResponse])
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What an attempt works with: one set for the whole process. `may_write`: the lease is not in doubt."""
+
+    settings: Settings
+    store: Store
+    log: EventLog
+    stack: LlamaStack
+    may_write: Any
+
+
+class Attempt:
+    """Owns a claimed turn until `run` returns. `cancel`, `drop` and `hand_over` stop it, from the same loop."""
+
+    def __init__(self, given: Tools, claim: Claim) -> None:
+        self._given = given
+        self._claim = claim
+        self._config = _turn_config(claim)
+        self._journal: list[Step] = _steps.validate_python(claim.steps)
+        self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
+        self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
+        self._resolved = tools.Resolved()
+        self._leg_started = datetime.now(UTC)
+        self._task: asyncio.Task[Outcome] | None = None
+        self._stop: Literal["cancel", "drop", "hand over"] | None = None
+        self._draining = False
+        self.done = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Ends the turn as cancelled, or as timed out if it is past its deadline."""
+        self._interrupt("cancel")
+
+    def drop(self) -> None:
+        """Leaves the turn at once and writes nothing more: it is not ours any longer."""
+        self._interrupt("drop")
+
+    def hand_over(self, *, now: bool = False) -> None:
+        """Puts the turn back for another worker, at the end of the current step, or at once."""
+        self._draining = True
+        if now:
+            self._interrupt("hand over")
+
+    def _interrupt(self, reason: Literal["cancel", "drop", "hand over"]) -> None:
+        if self._stop is None and self._task is not None:
+            self._stop = reason
+            self._task.cancel()
+
+    async def run(self) -> Outcome:
+        """To the end of the leg. Never raises."""
+        self._task = asyncio.create_task(self._guarded(), name=f"turn {self._claim.turn_id}")
+        try:
+            await asyncio.wait([self._task])
+            return "lost" if self._task.cancelled() else self._task.result()
+        finally:
+            self.done.set()
+
+    async def _guarded(self) -> Outcome:
+        try:
+            await self._take_over()
+        except (AttemptLost, asyncio.CancelledError):
+            return "lost"
+        try:
+            return await self._until_it_ends()
+        except AttemptLost as lost:
+            logger.warning("%s", lost)
+            return "lost"
+        finally:
+            await self._writer.finish()
+
+    async def _until_it_ends(self) -> Outcome:
+        try:
+            return await self._steps_of_leg()
+        except asyncio.CancelledError:
+            return await self._stopped()
+        except TurnFailure as failure:
+            return await self._fail(failure)
+        except AttemptLost:
+            raise
+        except Exception as error:
+            logger.exception("the turn failed by a fault of this program")
+            return await self._fail(TurnFailure("internal_error", f"Internal error: {type(error).__name__}"))
+
+    async def _stopped(self) -> Outcome:
+        if self._stop == "drop":
+            return "lost"
+        if self._stop == "hand over":
+            return await self._hand_over()
+        if datetime.now(UTC) >= self._claim.deadline_at:
+            return await self._fail(overdue_failure())
+        return await self._fail(TurnFailure("cancelled", "Cancelled."))
+
+    async def _take_over(self) -> None:
+        """Raises the fence in the log, and records what a dead attempt left there before the first new event."""
+        claim = self._claim
+        try:
+            tail = await self._given.log.raise_fence(claim.turn_id, claim.fence, claim.last)
+        except (RedisError, OSError, TimeoutError):
+            tail = None
+        if tail:
+            self._claim = await self._persist(tail)
+        last = self._claim.last
+        self._writer = EventWriter(
+            self._given.log,
+            claim.turn_id,
+            claim.fence,
+            last,
+            last.n + 1 + (LOST_TAIL_LEAP if tail is None and claim.tail_lost else 0),
+            may_write=self._given.may_write,
+            still_owned=self._still_owned,
+            on_lost=self.drop,
+        )
+
+    async def _still_owned(self) -> bool:
+        return await self._given.store.run(claims.still_owned, self._claim)
+
+    async def _steps_of_leg(self) -> Outcome:
+        await self._resolve()
+        while True:
+            if self._draining:
+                return await self._hand_over()
+            action = decide(self._config, self._journal, self._responses)
+            match action:
+                case Infer():
+                    ended = await self._infer()
+                    if ended:
+                        return ended
+                case RunTools():
+                    await self._run_tools(action)
+                case RecordResponses():
+                    await self._record_responses(action)
+                case AwaitInput(message) | Finish(message):
+                    return await self._end_leg(action, message)
+
+    async def _resolve(self) -> None:
+        if self._claim.resolved is not None:
+            self._resolved = tools.Resolved.model_validate(self._claim.resolved)
+            return
+        request = self._claim.request
+        if not (self._config.toolgroups or request.get("toolgroups") or request.get("documents")):
+            return
+        limit = self._given.settings.document_max_bytes
+        self._resolved = await tools.resolve(self._given.stack, self._config, request, limit)
+        await self._record(resolved=self._resolved.model_dump(mode="json"))
+
+    async def _infer(self) -> Outcome | None:
+        """One inference step. If the leg ends with it, both are recorded at once."""
+        step_id, started_at = str(uuid.uuid4()), datetime.now(UTC)
+        self._writer.emit(EventKind.STEP_START, events.step_start("inference", step_id))
+        message = await self._ask_model(step_id)
+        step = InferenceStep(
+            step_id=step_id,
+            turn_id=self._claim.turn_id,
+            model_response=message,
+            started_at=started_at,
+            completed_at=datetime.now(UTC),
+        )
+        following = decide(self._config, [*self._journal, step], self._responses)
+        if isinstance(following, AwaitInput | Finish):
+            return await self._end_leg(following, following.message, step)
+        calls = following.calls if isinstance(following, RunTools) else ()
+        await self._record_step(step, started_calls=[(len(self._journal), index) for index, _ in calls])
+        return None
+
+    async def _ask_model(self, step_id: str) -> CompletionMessage:
+        messages = self._messages()
+        request = await chat_request(self._config, messages, tools.offered(self._config, self._resolved))
+        answer = inference.Inference(
+            events.StepProgress("inference", step_id),
+            lambda data: self._writer.emit(EventKind.STEP_PROGRESS, data),
+            inference.call_ids(messages),
+        )
+        try:
+            stream: AsyncIterator[Any] = await self._given.stack.inference.openai_chat_completion(request)
+            return await answer.run(stream)
+        except Exception as error:
+            logger.warning("the model failed: %s", error)
+            raise inference.model_failure(error) from error
+
+    def _messages(self) -> list[Message]:
+        past = [
+            (_inputs.validate_python(turn.messages), _steps.validate_python(turn.steps)) for turn in self._claim.past
+        ]
+        inputs = list(self._inputs)
+        if self._resolved.context:
+            content = _with_context(inputs[-1].content, self._resolved.context)
+            inputs[-1] = inputs[-1].model_copy(update={"content": content})
+        current = history.complete(history.turn_messages(inputs, self._journal))
+        return [*history.system_messages(self._config), *history.past_messages(past), *current]
+
+    async def _run_tools(self, action: RunTools) -> None:
+        """All calls at once; their steps are recorded and published in the order that the model asked in."""
+        again = [(action.ordinal, index) for index, _ in action.calls if self._to_start(action.ordinal, index)]
+        if again:
+            await self._record(started_calls=again)
+        running = {
+            index: asyncio.create_task(self._call_tool(action.ordinal, index, call)) for index, call in action.calls
+        }
+        self._next_call = action.calls[0][0]
+        try:
+            for index, call in action.calls:
+                self._next_call = index
+                await self._tool_step(action.ordinal, index, call, running[index])
+        finally:
+            for task in running.values():
+                task.cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
+
+    def _to_start(self, ordinal: int, index: int) -> bool:
+        """Whether a call must be noted as made by this attempt: it was in flight when its worker died, and is repeated."""
+        entry = self._claim.ledger.get((ordinal, index))
+        return entry is not None and entry.result is None and self._repeatable(ordinal, index)
+
+    def _repeatable(self, ordinal: int, index: int) -> bool:
+        return self._journal[ordinal].model_response.tool_calls[index].tool_name in tools.REPEATABLE
+
+    async def _call_tool(self, ordinal: int, index: int, call: ToolCall) -> tuple[ToolResponse, datetime]:
+        """The call's response, from the ledger if it is there; recorded at once if its step cannot be yet."""
+        started_at = datetime.now(UTC)
+        entry = self._claim.ledger.get((ordinal, index))
+        if entry is not None and entry.result is not None:
+            return ToolResponse.model_validate(entry.result), started_at
+        if entry is not None and not self._repeatable(ordinal, index):
+            return tools.failed(call, tools.OUTCOME_UNKNOWN), started_at
+        response = await tools.call(
+            self._given.stack, self._resolved, self._claim.session_id, call, self._given.settings.tool_timeout_seconds
+        )
+        if index != self._next_call:
+            await self._persist([], result=(ordinal, index, events.dump(response)))
+        return response, started_at
+
+    async def _tool_step(
+        self, ordinal: int, index: int, call: ToolCall, running: asyncio.Task[tuple[ToolResponse, datetime]]
+    ) -> None:
+        step_id = str(uuid.uuid4())
+        self._writer.emit(EventKind.STEP_START, events.step_start("tool_execution", step_id))
+        progress = events.StepProgress("tool_execution", step_id).tool_call(events.dump(call), "in_progress")
+        self._writer.emit(EventKind.STEP_PROGRESS, progress)
+        response, started_at = await running
+        step = ToolExecutionStep(
+            step_id=step_id,
+            turn_id=self._claim.turn_id,
+            tool_calls=[call],
+            tool_responses=[response],
+            started_at=started_at,
+            completed_at=datetime.now(UTC),
+        )
+        await self._record_step(step, result=(ordinal, index, events.dump(response)))
+
+    async def _record_responses(self, action: RecordResponses) -> None:
+        step = ToolExecutionStep(
+            step_id=str(uuid.uuid4()),
+            turn_id=self._claim.turn_id,
+            tool_calls=list(action.calls),
+            tool_responses=list(action.responses),
+            started_at=self._journal[-1].completed_at,
+            completed_at=datetime.now(UTC),
+        )
+        await self._record_step(step)
+
+    async def _record_step(self, step: Step, **more: Any) -> None:
+        self._writer.stage(EventKind.STEP_COMPLETE, events.step_complete(step))
+        await self._record(step=events.dump(step), **more)
+        self._journal.append(step)
+
+    async def _end_leg(
+        self, action: AwaitInput | Finish, message: CompletionMessage, step: Step | None = None
+    ) -> Outcome:
+        completed_at = datetime.now(UTC)
+        steps = self._claim.steps
+        if step is not None:
+            self._writer.stage(EventKind.STEP_COMPLETE, events.step_complete(step))
+            steps = [*steps, events.dump(step)]
+        turn = shapes.turn(
+            turn_id=self._claim.turn_id,
+            session_id=self._claim.session_id,
+            input_messages=self._claim.request["messages"],
+            steps=steps,
+            output_message=events.dump(message),
+            started_at=self._claim.started_at,
+            completed_at=completed_at,
+        )
+        awaits = isinstance(action, AwaitInput)
+        status = TurnStatus.AWAITING_INPUT if awaits else TurnStatus.COMPLETED
+        if awaits:
+            self._writer.stage(EventKind.TURN_AWAITING_INPUT, events.turn_awaiting_input(turn))
+        else:
+            self._writer.stage(EventKind.TURN_COMPLETE, events.turn_complete(turn))
+        end = LegEnd(
+            status,
+            events.dump(message),
+            completed_at=completed_at,
+            deadline_seconds=self._given.settings.input_wait_seconds if awaits else None,
+        )
+        await self._record(step=events.dump(step) if step else None, end=end)
+        return "awaiting_input" if awaits else "completed"
+
+    async def _fail(self, failure: TurnFailure) -> Outcome:
+        self._writer.forget_staged()
+        self._writer.stage(EventKind.ERROR, events.error(failure))
+        cancelled = failure.code == "cancelled"
+        status = TurnStatus.CANCELLED if cancelled else TurnStatus.FAILED
+        await self._record(end=LegEnd(status, failure=failure, completed_at=datetime.now(UTC)))
+        logger.warning("the turn %s: %s", status, failure)
+        return "cancelled" if cancelled else "failed"
+
+    async def _hand_over(self) -> Outcome:
+        self._writer.forget_staged()
+        segment = self._writer.unrecorded()
+        handed = await self._given.store.run(claims.hand_over, self._claim, segment)
+        return "handed over" if handed else "lost"
+
+    async def _record(self, **what: Any) -> None:
+        """Records in one transaction, then publishes what was staged for it. Not to be cut off by a cancellation."""
+        segment = self._writer.unrecorded()
+        recording = asyncio.create_task(self._persist(segment, **what))
+        try:
+            await asyncio.shield(recording)
+        finally:
+            # A cancellation waits: what is committed and what this attempt believes must not part.
+            self._claim = await recording
+            if segment:
+                self._writer.recorded(segment)
+
+    async def _persist(self, segment: list[Event], **what: Any) -> Claim:
+        """Tries until Postgres answers. Raises AttemptLost."""
+        while True:
+            try:
+                return await self._given.store.run(claims.record, self._claim, segment, **what)
+            except Unavailable as error:
+                logger.warning("nothing can be recorded, trying again: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+
+def _turn_config(claim: Claim) -> AgentConfig:
+    """The agent's configuration with what the turn overrides."""
+    config = AgentConfig.model_validate(claim.agent_config)
+    override = claim.request.get("tool_config")
+    if override:
+        fields = {**claim.agent_config, "tool_config": override, "tool_choice": None, "tool_prompt_format": None}
+        config = AgentConfig.model_validate(fields)
+    return config
+
+
+def _with_context(content: Any, context: str) -> Any:
+    if isinstance(content, str):
+        return content + context
+    parts = content if isinstance(content, list) else [content]
+    return [*parts, TextContentItem(text=context)]

@@ -1,0 +1,204 @@
+"""Server tools: what a turn may call, resolved once, and one call of one of them.
+
+Whatever goes wrong in a tool becomes the tool's response: the model can go on from it, and the turn is not lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import httpx
+from llama_stack.apis.agents import AgentConfig, AgentToolGroupWithArgs, Document
+from llama_stack.apis.common.content_types import URL, TextContentItem
+from llama_stack.apis.inference import ToolCall, ToolResponse
+from pydantic import BaseModel, TypeAdapter
+
+from app.domain.errors import TurnFailure
+from tasks.engine.messages import OpenAITool
+from tasks.stack import LlamaStack
+
+logger = logging.getLogger(__name__)
+
+REPEATABLE = frozenset({"knowledge_search", "web_search"})
+"""Builtin tools that only read, so that a call in flight when its worker died may be made again."""
+
+OUTCOME_UNKNOWN = (
+    "The outcome of this tool call is unknown: the worker was lost while it ran. It was not made again, "
+    "because it may have had an effect."
+)
+
+
+class Tool(BaseModel):
+    """A server tool as a turn resolved it: stored with the turn, so that every attempt offers the same."""
+
+    name: str
+    toolgroup_id: str
+    description: str | None
+    input_schema: dict[str, Any] | None
+    args: dict[str, Any]
+    is_mcp: bool
+
+
+class Resolved(BaseModel):
+    """What a turn resolves once, in its first attempt."""
+
+    tools: list[Tool] = []
+    context: str = ""
+
+
+Toolgroups = TypeAdapter(list[str | AgentToolGroupWithArgs])
+Documents = TypeAdapter(list[Document])
+
+
+async def resolve(stack: LlamaStack, config: AgentConfig, request: dict[str, Any], document_max_bytes: int) -> Resolved:
+    """Raises TurnFailure: a toolgroup or a document cannot be had."""
+    toolgroups = Toolgroups.validate_python(request.get("toolgroups") or [])
+    documents = Documents.validate_python(request.get("documents") or [])
+    return Resolved(
+        tools=await _resolve_tools(stack, config, toolgroups),
+        context="\n".join([await _document_text(document, document_max_bytes) for document in documents]),
+    )
+
+
+async def _resolve_tools(
+    stack: LlamaStack, config: AgentConfig, for_turn: list[str | AgentToolGroupWithArgs]
+) -> list[Tool]:
+    """The turn's toolgroups in place of the agent's, if it names any; arguments of both."""
+    configured = [*(config.toolgroups or []), *for_turn]
+    args = {_split(group.name)[0]: group.args for group in configured if isinstance(group, AgentToolGroupWithArgs)}
+    names = dict.fromkeys(_name(group) for group in for_turn or config.toolgroups or [])
+    tools: dict[str, Tool] = {}
+    client_tools = {tool.name for tool in config.client_tools or []}
+    for name in names:
+        for tool in await _group_tools(stack, *_split(name), args):
+            if tool.name in tools or tool.name in client_tools:
+                raise TurnFailure("invalid_request", f"Tool {tool.name} is offered twice")
+            tools[tool.name] = tool
+    return list(tools.values())
+
+
+async def _group_tools(stack: LlamaStack, group: str, only: str | None, args: dict[str, dict[str, Any]]) -> list[Tool]:
+    try:
+        listed = (await stack.tool_groups.list_tools(toolgroup_id=group)).data
+    except Exception as error:
+        raise TurnFailure("invalid_request", f"Toolgroup {group} cannot be used: {error}") from error
+    found = [tool for tool in listed if only in (None, tool.name)]
+    if not found:
+        raise TurnFailure("invalid_request", f"Toolgroup {group} has no tool{f' {only}' if only else 's, or is down'}")
+    return [
+        Tool(
+            name=tool.name,
+            toolgroup_id=group,
+            description=tool.description,
+            input_schema=tool.input_schema,
+            args=args.get(group, {}),
+            is_mcp="endpoint" in (tool.metadata or {}),
+        )
+        for tool in found
+    ]
+
+
+def _name(group: str | AgentToolGroupWithArgs) -> str:
+    return group if isinstance(group, str) else str(group.name)
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """`group/tool` names one tool of a group (`builtin::rag/knowledge_search`)."""
+    group, _, tool = name.partition("/")
+    return group, tool or None
+
+
+async def _document_text(document: Document, max_bytes: int) -> str:
+    if not (document.mime_type.startswith("text/") or document.mime_type in ("application/yaml", "application/json")):
+        raise TurnFailure("invalid_request", f"Unexpected document mime type: {document.mime_type}")
+    content = document.content
+    if isinstance(content, URL):
+        text = await _fetch(content.uri, max_bytes)
+    elif isinstance(content, TextContentItem):
+        text = content.text
+    elif isinstance(content, str):
+        text = content
+    else:
+        raise TurnFailure("invalid_request", f"Unexpected document content: {type(content).__name__}")
+    if len(text.encode()) > max_bytes:
+        raise TurnFailure("invalid_request", f"A document is over {max_bytes} bytes (DOCUMENT_MAX_BYTES)")
+    return text
+
+
+async def _fetch(uri: str, max_bytes: int) -> str:
+    if not uri.startswith(("http://", "https://")):
+        raise TurnFailure("invalid_request", f"Unexpected URL: {uri}")
+    try:
+        async with httpx.AsyncClient(timeout=30) as client, client.stream("GET", uri) as response:
+            response.raise_for_status()
+            content = b""
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > max_bytes:
+                    break
+            return content.decode(response.encoding or "utf-8", errors="replace")
+    except httpx.HTTPError as error:
+        raise TurnFailure("invalid_request", f"The document {uri} cannot be fetched: {error}") from error
+
+
+def offered(config: AgentConfig, resolved: Resolved) -> list[OpenAITool]:
+    """The client's and the server's tools, as the model is told of them."""
+    tools = [(tool.name, tool.description, tool.input_schema) for tool in config.client_tools or []]
+    tools += [(tool.name, tool.description, tool.input_schema) for tool in resolved.tools]
+    return [{"type": "function", "function": _function(*tool)} for tool in tools]
+
+
+def _function(name: str, description: str | None, input_schema: dict[str, Any] | None) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": name}
+    if description:
+        function["description"] = description
+    if input_schema:
+        function["parameters"] = input_schema
+    return function
+
+
+async def call(
+    stack: LlamaStack, resolved: Resolved, session_id: str, tool_call: ToolCall, timeout_seconds: float
+) -> ToolResponse:
+    """Makes one call. Whatever goes wrong is the response."""
+    tool = next((tool for tool in resolved.tools if tool.name == tool_call.tool_name), None)
+    if tool is None:
+        known = ", ".join(tool.name for tool in resolved.tools) or "none"
+        return failed(tool_call, f"There is no tool {tool_call.tool_name}. Tools: {known}.")
+    try:
+        arguments = json.loads(tool_call.arguments)
+    except json.JSONDecodeError as error:
+        return failed(tool_call, f"The arguments are not valid JSON: {error}.")
+    if not isinstance(arguments, dict):
+        return failed(tool_call, "The arguments are not a JSON object.")
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await _invoke(stack, tool, session_id, tool_call, arguments)
+    except TimeoutError:
+        return failed(tool_call, f"The tool gave no result within {timeout_seconds:g} s.")
+    except Exception as error:
+        logger.warning("tool %s failed: %s", tool.name, error)
+        return failed(tool_call, f"The tool failed: {error}")
+
+
+async def _invoke(
+    stack: LlamaStack, tool: Tool, session_id: str, tool_call: ToolCall, arguments: dict[str, Any]
+) -> ToolResponse:
+    # The router finds a tool's group in an index that listing the group fills: another process may have resolved it.
+    await stack.tool_groups.list_tools(toolgroup_id=tool.toolgroup_id)
+    # An MCP server gets just what the model said; its schema knows no session.
+    context = {} if tool.is_mcp else {"session_id": session_id}
+    result = await stack.tool_runtime.invoke_tool(tool_name=tool.name, kwargs={**context, **arguments, **tool.args})
+    content = result.content if result.content is not None else result.error_message or ""
+    return ToolResponse(
+        call_id=tool_call.call_id, tool_name=tool_call.tool_name, content=content, metadata=result.metadata
+    )
+
+
+def failed(tool_call: ToolCall, message: str) -> ToolResponse:
+    return ToolResponse(
+        call_id=tool_call.call_id, tool_name=tool_call.tool_name, content=message, metadata={"error": True}
+    )

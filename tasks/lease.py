@@ -1,0 +1,92 @@
+"""A worker process's lease: one row in Postgres, renewed by a thread with a connection of its own.
+
+It is renewed only while the event loop answers, so that a process whose loop is stuck loses its turns to another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from app.domain.errors import Unavailable
+from app.settings import Settings
+from app.store import Store, workers
+
+logger = logging.getLogger(__name__)
+
+
+class Lease(threading.Thread):
+    """`on_cancel` gets the turns that are to be stopped, `on_lost` is called when the lease was lost; both on the loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_cancel: Callable[[set[str]], object],
+        on_lost: Callable[[], object],
+    ) -> None:
+        super().__init__(name="lease", daemon=True)
+        self._settings = settings
+        self._loop = loop
+        self._on_cancel = on_cancel
+        self._on_lost = on_lost
+        self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease")
+        self._stopping = threading.Event()
+        self._loop_answered = time.monotonic()
+        self._valid_until = 0.0
+        self.name_of_process = f"{socket.gethostname()}:{os.getpid()}"
+        self.worker_id = ""
+
+    def register(self) -> None:
+        """Takes a new lease. Raises Unavailable."""
+        worker_id, asked = str(uuid.uuid4()), time.monotonic()
+        self._store.transact(workers.register, worker_id, self.name_of_process, self._settings.lease_seconds)
+        self.worker_id = worker_id
+        self._valid_until = asked + self._settings.lease_seconds
+
+    def valid(self) -> bool:
+        """Whether nobody can have taken this worker for dead yet, by this process's own clock."""
+        return time.monotonic() < self._valid_until
+
+    def run(self) -> None:
+        while not self._stopping.wait(self._settings.heartbeat_seconds):
+            self._loop.call_soon_threadsafe(self._answer)
+            if time.monotonic() - self._loop_answered > self._settings.lease_seconds / 2:
+                logger.warning("the event loop does not answer, so the lease is not renewed")
+                continue
+            try:
+                self._renew()
+            except Unavailable as error:
+                logger.warning("the lease cannot be renewed: %s", error)
+
+    def stop(self) -> None:
+        """Ends the lease, so that others may take at once what this worker still owns."""
+        self._stopping.set()
+        self.join(timeout=10)
+        try:
+            self._store.transact(workers.retire, self.worker_id)
+        except Unavailable as error:
+            logger.warning("the lease cannot be ended, it runs out by itself: %s", error)
+        self._store.close()
+
+    def _answer(self) -> None:
+        self._loop_answered = time.monotonic()
+
+    def _renew(self) -> None:
+        asked = time.monotonic()
+        cancelled = self._store.transact(workers.renew, self.worker_id, self._settings.lease_seconds)
+        if cancelled is None:
+            logger.warning("the lease was lost: this worker drops its turns and registers anew")
+            self._loop.call_soon_threadsafe(self._on_lost)
+            self.register()
+            return
+        self._valid_until = asked + self._settings.lease_seconds
+        if cancelled:
+            self._loop.call_soon_threadsafe(self._on_cancel, cancelled)

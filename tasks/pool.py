@@ -1,0 +1,70 @@
+"""The turn pool: one process, one event loop, every turn a coroutine on it.
+
+    CELERY_CUSTOM_WORKER_POOL=tasks.pool:TurnPool celery -A tasks worker -P custom --autoscale=500,10
+
+A task's request waits for its turn in a thread that does nothing else, through Celery's own tracer, so that signals,
+events, Flower and `revoke` work as in any pool (docs/decisions/0003). Growing and shrinking move a limit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from celery.concurrency.base import BasePool, apply_target
+
+from app.settings import get_settings
+from tasks import runtime
+
+
+class TurnPool(BasePool):
+    """Runs up to `limit` turns at once in this process."""
+
+    body_can_be_buffer = True
+    signal_safe = False
+    task_join_will_block = False
+
+    def on_start(self) -> None:
+        runtime.start(get_settings())
+        self._executor = ThreadPoolExecutor(max_workers=self.limit, thread_name_prefix="request")
+
+    def on_stop(self) -> None:
+        runtime.stop()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    on_terminate = on_stop
+
+    def grow(self, n: int = 1) -> None:
+        self.limit += n
+        self._executor._max_workers = self.limit
+
+    def shrink(self, n: int = 1) -> None:
+        self.limit = max(1, self.limit - n)
+        self._executor._max_workers = self.limit
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        callback: Callable[..., Any] | None = None,
+        accept_callback: Callable[..., Any] | None = None,
+        **_: Any,
+    ) -> Any:
+        return self._executor.submit(self._apply, target, args or (), kwargs or {}, callback, accept_callback)
+
+    @staticmethod
+    def _apply(target: Any, args: Any, kwargs: Any, callback: Any, accept_callback: Any) -> None:
+        """The thread's id stands for the process id that Celery names a running request by."""
+        apply_target(target, args, kwargs, callback, accept_callback, pid=threading.get_native_id())
+
+    def terminate_job(self, pid: int, signal: Any = None) -> None:
+        """`revoke --terminate` and Flower's Terminate: cancels the one turn."""
+        runtime.current().cancel_waiting(pid)
+
+    def _get_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super()._get_info()
+        return info | {"max-concurrency": self.limit, "processes": [os.getpid()], **runtime.info()}

@@ -1,0 +1,188 @@
+"""What one worker process has once: an event loop in a thread, the Llama Stack on it, a lease, upkeep, running turns.
+
+Both pools use it: a prefork child waits for its one turn in its main thread, the turn pool for hundreds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from typing import Any
+
+import psycopg2
+import uvloop
+from redis.exceptions import RedisError
+
+from app.dispatch import Doorbell
+from app.domain.errors import CaravanError, Unavailable
+from app.endings import Endings
+from app.events.log import EventLog, SyncLog
+from app.settings import Settings
+from app.store import Store, claims, turns
+from app.telemetry import turn_context
+from app.upkeep import Upkeep
+from tasks.engine.attempt import Attempt, Tools
+from tasks.lease import Lease
+from tasks.stack import LlamaStack
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_SECONDS = 60
+STOP_TIMEOUT_SECONDS = 30
+
+
+class Runtime:
+    """Start it in the process that runs turns, never before a fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="turns", daemon=True)
+        self._running: dict[str, Attempt] = {}
+        self._waiting: dict[int, str] = {}
+        self._registry_version = -1
+        self._refreshing = asyncio.Lock()
+
+    def start(self) -> None:
+        """Comes up wholly, Llama Stack included. Raises Unavailable, or what the Llama Stack raises."""
+        self._thread.start()
+        self._store = Store(self._settings.sqlalchemy_url, pool_size=self._settings.database_pool_size, name="worker")
+        self._upkeep_store = Store(self._settings.sqlalchemy_url, pool_size=1, name="worker-upkeep")
+        self._doorbell = Doorbell()
+        self._sync_log = SyncLog(self._settings.redis_url.get_secret_value())
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_SECONDS)
+        self._lease = Lease(self._settings, self._loop, on_cancel=self._cancel_all, on_lost=self._drop_all)
+        self._lease.register()
+        self._lease.start()
+        self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell))
+        self._upkeep.start()
+        logger.info("worker process %s is ready", self._lease.name_of_process)
+
+    async def _start(self) -> None:
+        self._log = EventLog(self._settings.redis_url.get_secret_value())
+        self._stack = await LlamaStack.start(self._settings)
+        self._touching = asyncio.create_task(self._touch(), name="touch")
+
+    def run(self, turn_id: str) -> str:
+        """Runs a turn if it can be claimed, and waits for it; the result says how that went, for the task's log line."""
+        thread = threading.get_native_id()
+        self._waiting[thread] = turn_id
+        try:
+            return asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop).result()
+        finally:
+            del self._waiting[thread]
+
+    def cancel_waiting(self, thread: int) -> None:
+        """Cancels the turn that a thread waits for, given its native id."""
+        turn_id = self._waiting.get(thread)
+        if turn_id is not None:
+            self._loop.call_soon_threadsafe(self._cancel_all, {turn_id})
+
+    def stop(self) -> None:
+        """Hands the running turns over to other workers, then ends everything."""
+        self._upkeep.stop()
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(
+            self._settings.drain_seconds + STOP_TIMEOUT_SECONDS
+        )
+        self._lease.stop()
+        self._store.close()
+        self._upkeep_store.close()
+        self._sync_log.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    async def _stop(self) -> None:
+        self._touching.cancel()
+        running = list(self._running.values())
+        for attempt in running:
+            attempt.hand_over()
+        ended = asyncio.gather(*(attempt.done.wait() for attempt in running))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended, self._settings.drain_seconds)
+        for attempt in self._running.values():
+            attempt.hand_over(now=True)
+        await asyncio.gather(*(attempt.done.wait() for attempt in running))
+        await self._stack.close()
+        await self._log.close()
+
+    async def _run(self, turn_id: str) -> str:
+        with turn_context(turn_id):
+            claim = await self._store.run(
+                claims.claim, turn_id, self._lease.worker_id, self._settings.turn_timeout_seconds
+            )
+            if claim is None:
+                return "not claimable"
+            logger.info("claimed, attempt %d", claim.fence)
+            await self._keep_registry_current(claim.registry_version)
+            tools = Tools(self._settings, self._store, self._log, self._stack, self._lease.valid)
+            attempt = self._running[turn_id] = Attempt(tools, claim)
+            try:
+                outcome = await attempt.run()
+            finally:
+                del self._running[turn_id]
+            logger.info("attempt %d: %s", claim.fence, outcome)
+            if outcome != "awaiting_input":
+                await self._ring_next(claim.session_id)
+            return outcome
+
+    async def _keep_registry_current(self, version: int) -> None:
+        """Models, toolgroups and the like that the web process registered since are usable by this very turn."""
+        async with self._refreshing:
+            if version == self._registry_version:
+                return
+            try:
+                await self._stack.refresh_registry()
+                self._registry_version = version
+            except psycopg2.Error as error:
+                logger.warning("the Llama Stack's registry cannot be read, the next turn tries again: %s", error)
+
+    async def _ring_next(self, session_id: str) -> None:
+        with contextlib.suppress(Unavailable):  # upkeep rings
+            following = await self._store.run(turns.next_in_session, session_id)
+            if following is not None:
+                await asyncio.to_thread(self._doorbell.ring, following)
+
+    async def _touch(self) -> None:
+        while True:
+            await asyncio.sleep(60)
+            with contextlib.suppress(RedisError, OSError):
+                await self._log.touch(list(self._running))
+
+    def _cancel_all(self, turn_ids: set[str]) -> None:
+        for turn_id in turn_ids & self._running.keys():
+            self._running[turn_id].cancel()
+
+    def _drop_all(self) -> None:
+        for attempt in self._running.values():
+            attempt.drop()
+
+
+_current: Runtime | None = None
+
+
+def start(settings: Settings) -> None:
+    """Starts this process's runtime."""
+    global _current
+    _current = Runtime(settings)
+    _current.start()
+
+
+def current() -> Runtime:
+    if _current is None:
+        raise CaravanError("this process runs no turns: start it as `celery -A tasks worker`")
+    return _current
+
+
+def stop() -> None:
+    """Stops this process's runtime, if it has one."""
+    global _current
+    if _current is not None:
+        _current.stop()
+        _current = None
+
+
+def info() -> dict[str, Any]:
+    """For `celery inspect stats`."""
+    return {"threads": threading.active_count(), "turns": len(current()._running) if _current else 0}

@@ -1,0 +1,54 @@
+"""Llama Stack as a library in a worker: starts it on the worker's loop and hands out its APIs.
+
+A worker has no agents, conversations or files API. It holds one Postgres connection for the stack (psycopg2, used in
+threads: registry and pgvector) and no pool; see `app.stack.library` for the web process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Self
+
+from llama_stack.providers.datatypes import Api
+
+from app.settings import Settings
+from app.stack import library, registry
+from app.stack.config import stack_run_config, worker_run_config
+
+
+class LlamaStack:
+    """The started stack; one in a process, used on the loop that it was started on.
+
+    `inference`, `models`, `tool_runtime`, `tool_groups`, `safety`, `vector_io` are llama_stack's APIs of these names;
+    the last two are None if the configuration does not have them (`vector_io`: a database without pgvector).
+    """
+
+    def __init__(self, impls: library.Impls) -> None:
+        self._impls = impls
+        self.inference: Any = impls[Api.inference]
+        self.models: Any = impls[Api.models]
+        self.tool_runtime: Any = impls[Api.tool_runtime]
+        self.tool_groups: Any = impls[Api.tool_groups]
+        self.safety: Any = impls.get(Api.safety)
+        self.vector_io: Any = impls.get(Api.vector_io)
+
+    @classmethod
+    async def start(cls, settings: Settings) -> Self:
+        """Start on the running loop; makes no call to the model server, and logs nothing but warnings.
+
+        Raises SettingsError: Postgres cannot be reached, or `LLAMA_STACK_CONFIG` is wrong.
+        """
+        config = await asyncio.to_thread(stack_run_config, settings)
+        return cls(await library.start(worker_run_config(config), whole=False))
+
+    async def refresh_registry(self) -> None:
+        """See what the web process has registered or removed since; safe while turns run.
+
+        Opens the connection to Postgres again if it was lost. Raises psycopg2.Error: Postgres cannot be read; what was
+        known stays usable.
+        """
+        await registry.refresh(self._impls)
+
+    async def close(self) -> None:
+        """Close every connection; trouble is logged. The stack cannot be used afterwards."""
+        await library.stop(self._impls)

@@ -1,0 +1,135 @@
+"""The stream of a chat completion, from bytes to llama_stack's chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from app.stack.chunks import Chunk, ModelError, read_chunks, server_error
+
+
+def event(**fields: Any) -> bytes:
+    return (
+        b"data: " + json.dumps({"id": "c", "created": 1, "model": "m", **fields}, ensure_ascii=False).encode() + b"\n\n"
+    )
+
+
+def content(text: str, finish_reason: str | None = None) -> bytes:
+    return event(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}])
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def chunks_of(*blocks: bytes) -> list[Chunk]:
+    async def stream() -> AsyncIterator[bytes]:
+        for block in blocks:
+            yield block
+
+    return [chunk async for chunk in read_chunks(stream())]
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices or () if choice.delta)
+
+
+async def test_chunks_are_the_same_however_the_bytes_are_cut() -> None:
+    stream = content("Grüße, ") + content("a\u2028b", "stop") + DONE
+    for size in (1, 2, 3, 7, 1000):
+        blocks = [stream[start : start + size] for start in range(0, len(stream), size)]
+        assert text_of(await chunks_of(*blocks)) == "Grüße, a\u2028b"
+
+
+async def test_comments_and_keep_alives_and_crlf_are_understood() -> None:
+    stream = (
+        b": ping\n\n\r\nevent: chunk\r\nid: 1\r\n" + content("x", "stop").replace(b"\n", b"\r\n") + b"data:[DONE]\r\n"
+    )
+    assert text_of(await chunks_of(stream)) == "x"
+
+
+async def test_tool_calls_keep_index_id_name_and_arguments() -> None:
+    call = {"index": 1, "id": "call_1", "function": {"name": "f", "arguments": '{"a"'}}
+    rest = {"index": 1, "type": None, "function": {"arguments": ": 1}"}}
+    chunks = await chunks_of(
+        event(choices=[{"index": 0, "delta": {"tool_calls": [call]}}]),
+        event(choices=[{"index": 0, "delta": {"tool_calls": [rest]}, "finish_reason": "tool_calls"}]),
+        DONE,
+    )
+    calls = [chunk.choices[0].delta.tool_calls[0] for chunk in chunks]
+    assert [(c.index, c.id, c.function.name, c.function.arguments) for c in calls] == [
+        (1, "call_1", "f", '{"a"'),
+        (1, None, None, ": 1}"),
+    ]
+
+
+async def test_chunk_without_choices_is_dropped_unless_it_tells_the_usage() -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    chunks = await chunks_of(
+        event(choices=[], prompt_filter_results=[]), content("x", "length"), event(choices=[], usage=usage), DONE
+    )
+    assert len(chunks) == 2
+    assert chunks[1].usage.total_tokens == 3
+    # The converter takes the last chunk's finish reason, and would take none for "stop".
+    assert chunks[1].choices[0].finish_reason == "length"
+
+
+async def test_missing_and_null_fields_do_no_harm() -> None:
+    chunks = await chunks_of(
+        b'data: {"choices":[{"delta":null}]}\n\n', b'data: {"choices":null}\n\n', content("x", "stop")
+    )
+    assert [len(chunk.choices) for chunk in chunks] == [1, 1]
+
+
+async def test_chunks_are_written_out_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    chunk = (await chunks_of(event(choices=[{"index": 0, "delta": {"reasoning": "hm"}}]), content("", "stop")))[0]
+    written = json.loads(chunk.model_dump_json())
+    assert written["choices"][0]["finish_reason"] is None
+    assert written["choices"][0]["delta"]["reasoning"] == "hm"
+    assert "error" not in written
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "status"),
+    [
+        (b'data: {"error": {"message": "out of memory", "code": 503}}\n\n', "out of memory", 503),
+        (b'data: {"error": {"message": "bad", "code": "x"}}\n\n', "bad", 502),
+        (b'data: {"error": "flat"}\n\n', "flat", 502),
+        (b'data: {"object": "error", "message": "old vLLM", "code": 400}\n\n', "old vLLM", 400),
+        (b'error: {"message": "old llama.cpp", "code": 500}\n\n', "old llama.cpp", 500),
+        (b"data: <html>\n\n", "no completion chunk", 502),
+        (b"data: [1]\n\n", "no completion chunk", 502),
+    ],
+)
+async def test_error_in_the_stream_is_raised_with_its_message(data: bytes, message: str, status: int) -> None:
+    with pytest.raises(ModelError, match=message) as raised:
+        await chunks_of(content("x"), data, content("never", "stop"), DONE)
+    assert raised.value.status_code == status
+
+
+async def test_stream_that_ends_before_a_choice_is_finished_is_an_error() -> None:
+    with pytest.raises(ModelError, match="closed the stream"):
+        await chunks_of(content("x"))
+
+
+async def test_stream_may_end_without_done_after_the_finish_reason() -> None:
+    assert text_of(await chunks_of(content("x", "stop").rstrip())) == "x"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": {"message": "no such model"}}, "no such model"),
+        ({"detail": [{"loc": ["body"]}]}, "loc"),
+        ("plain", "plain"),
+        ({}, "reported an error"),
+    ],
+)
+def test_error_bodies_of_every_shape_have_a_message(body: Any, message: str) -> None:
+    error = server_error(body, 404)
+    assert message in str(error)
+    assert error.status_code == 404
+    assert not error.retryable

@@ -1,0 +1,88 @@
+"""The MCP server answers a real MCP client, and remembers the calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult, TextContent
+
+from tests.support import wait_until
+from tests.support.mcp_server import SECRET_NUMBER, McpServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[McpServer]:
+    with McpServer() as mcp:
+        yield mcp
+
+
+@pytest.fixture
+def mcp(server: McpServer) -> McpServer:
+    server.reset()
+    return server
+
+
+@asynccontextmanager
+async def session(mcp: McpServer) -> AsyncIterator[ClientSession]:
+    async with (
+        streamable_http_client(mcp.url) as (read, write, _),
+        ClientSession(read, write) as client,
+    ):
+        await client.initialize()
+        yield client
+
+
+def text(result: CallToolResult) -> str:
+    [content] = result.content
+    assert isinstance(content, TextContent)
+    return content.text
+
+
+async def test_the_tools_do_what_they_say(mcp: McpServer) -> None:
+    async with session(mcp) as client:
+        names = {tool.name for tool in (await client.list_tools()).tools}
+        assert names == {"add", "get_secret_number", "slow", "fail", "count", "big"}
+        assert text(await client.call_tool("add", {"a": 1, "b": 2})) == "3"
+        assert text(await client.call_tool("get_secret_number")) == str(SECRET_NUMBER)
+        assert text(await client.call_tool("slow", {"seconds": 0, "text": "hi"})) == "hi"
+        assert text(await client.call_tool("big", {"n": 5000})) == "x" * 5000
+        failed = await client.call_tool("fail", {"message": "on purpose"})
+        assert failed.isError
+        assert "on purpose" in text(failed)
+
+
+async def test_calls_are_recorded_with_their_meta(mcp: McpServer) -> None:
+    async with session(mcp) as client:
+        await client.call_tool("count", {"key": "a"}, meta={"caravan/call": "t1-0"})
+        await client.call_tool("count", {"key": "a"})
+        await client.call_tool("fail", {"message": "no"})
+    assert mcp.counts() == {"a": 2}
+    first, second, third = mcp.calls()
+    assert (first["tool"], first["arguments"], first["ended"]) == ("count", {"key": "a"}, "finished")
+    assert first["meta"]["caravan/call"] == "t1-0"
+    assert "caravan/call" not in second["meta"]
+    assert third["ended"] == "failed"
+    mcp.reset()
+    assert (mcp.calls(), mcp.counts()) == ([], {})
+
+
+async def test_a_call_is_seen_while_it_runs(mcp: McpServer) -> None:
+    async with session(mcp) as client:
+        running = asyncio.create_task(client.call_tool("slow", {"seconds": 60, "text": "late"}))
+        await asyncio.to_thread(wait_until, mcp.calls)
+        assert mcp.calls()[0]["ended"] is None
+        running.cancel()
+
+
+async def test_it_comes_back_on_its_port() -> None:
+    with McpServer(stateless=True) as mcp:
+        url = mcp.url
+        mcp.restart()
+        assert mcp.url == url
+        async with session(mcp) as client:
+            assert text(await client.call_tool("add", {"a": 2, "b": 2})) == "4"
