@@ -22,6 +22,7 @@ from app.events.log import EventLog, SyncLog
 from app.settings import Settings, SettingsError
 from app.stack.mounted import create_stack_app, stack_lifespan
 from app.store import Store, migrate, workers
+from app.telemetry import settle_memory
 from app.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with AsyncExitStack() as opened:
             app.state.service = await _open(settings, store, opened)
             await opened.enter_async_context(stack_lifespan(stack))
+            settle_memory()
             yield
 
     app = FastAPI(

@@ -21,7 +21,7 @@ from app.endings import Endings
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings
 from app.store import Store, claims, turns
-from app.telemetry import turn_context
+from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
 from tasks.engine.attempt import Attempt, Tools
 from tasks.lease import Lease
@@ -58,6 +58,7 @@ class Runtime:
         self._lease.start()
         self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell))
         self._upkeep.start()
+        settle_memory()
         logger.info("worker process %s is ready", self._lease.name_of_process)
 
     async def _start(self) -> None:

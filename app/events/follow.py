@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 SEGMENTS_AT_ONCE = 8
 RETRY_SECONDS = 0.5
-LISTEN_SECONDS = 2.0  # less than the socket's timeout, which would otherwise be taken for a lost connection
 
 
 class Records(Protocol):
@@ -227,11 +226,11 @@ class Relay:
     async def _listen(self) -> None:
         """Holds the one pub/sub connection; after each loss, subscribes anew and sends every follower to the log."""
         while True:
-            self._pubsub = self._log.redis.pubsub()
+            self._pubsub = self._log.subscriber.pubsub()
             try:
                 await self._pubsub.subscribe("caravan:relay", *self._channels)
                 while True:
-                    message = await self._pubsub.get_message(timeout=LISTEN_SECONDS)
+                    message = await self._pubsub.get_message(timeout=None)
                     if message is not None:
                         self._dispatch(message)
             except (RedisError, OSError, TimeoutError) as error:

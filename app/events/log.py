@@ -11,6 +11,7 @@ The hash tag puts a turn's keys in one slot of a cluster. Run Redis with `maxmem
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from app.domain.events import Event, EventId, EventKind
 
@@ -26,6 +27,7 @@ TTL_SECONDS = 7200
 ENDED_TTL_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 2.0
 SOCKET_TIMEOUT_SECONDS = 5.0
+PIPELINE = 200  # appends of different turns that go to Redis in one round trip
 
 AppendOutcome = Literal["ok", "missing", "stale"]
 
@@ -184,6 +186,12 @@ class EventLog:
         self.redis = redis.asyncio.Redis(connection_pool=self._pool, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
         self._append = self.redis.register_script(_APPEND)
         self._raise = self.redis.register_script(_RAISE)
+        self._queue: list[tuple[list[Any], asyncio.Future[AppendOutcome]]] = []
+        self._sender: asyncio.Task[None] | None = None
+        # A subscriber waits for as long as nothing is published: no timeout, and so no timer for every message.
+        self.subscriber = redis.asyncio.Redis.from_url(
+            url, decode_responses=True, socket_connect_timeout=CONNECT_TIMEOUT_SECONDS, socket_keepalive=True
+        )
 
     async def append(
         self,
@@ -200,8 +208,40 @@ class EventLog:
         event that these follow; "stale": another attempt has raised the fence.
         """
         arguments = _append_arguments(turn_id, fence, events, trim, ttl_seconds)
-        outcome: AppendOutcome = await self._append(keys=[_log(turn_id), _tail(turn_id)], args=arguments)
-        return outcome
+        return await self._batched([_log(turn_id), _tail(turn_id), *arguments])
+
+    async def _batched(self, arguments: list[Any]) -> AppendOutcome:
+        """One pipeline for the appends of all turns that came while the last one was in flight."""
+        appended: asyncio.Future[AppendOutcome] = asyncio.get_running_loop().create_future()
+        self._queue.append((arguments, appended))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send_queued(), name="appends")
+        return await appended
+
+    async def _send_queued(self) -> None:
+        while self._queue:
+            batch, self._queue = self._queue[:PIPELINE], self._queue[PIPELINE:]
+            try:
+                answers = await self._send([arguments for arguments, _ in batch])
+            except (RedisError, OSError, TimeoutError) as error:
+                answers = [error] * len(batch)
+            for (_, appended), answer in zip(batch, answers, strict=True):
+                if appended.cancelled():
+                    continue
+                if isinstance(answer, Exception):
+                    appended.set_exception(answer)
+                else:
+                    appended.set_result(answer)
+
+    async def _send(self, batch: list[list[Any]]) -> list[Any]:
+        pipeline = self.redis.pipeline(transaction=False)
+        for arguments in batch:
+            pipeline.execute_command("EVALSHA", self._append.sha, 2, *arguments)
+        answers = await pipeline.execute(raise_on_error=False)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
+            await self.redis.script_load(_APPEND)
+            return await self._send(batch)  # what was appended already is skipped by its id
+        return answers
 
     async def raise_fence(self, turn_id: str, fence: int, last: EventId, *, force: bool = False) -> list[Event] | None:
         """Lets only `fence` append from now on; gives what is in the tail after `last`, None if nothing is known."""
@@ -237,5 +277,6 @@ class EventLog:
         await pipeline.execute()
 
     async def close(self) -> None:
+        await self.subscriber.aclose()
         await self.redis.aclose()
         await self._pool.disconnect()

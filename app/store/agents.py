@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, not_, select, text, update
 
 from app.domain.errors import NotFound
-from app.store.tables import UNFINISHED_SQL, agents, sessions, turns
+from app.store.tables import UNFINISHED_SQL, agents, seconds, sessions, turns
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def mark_session_deleted(connection: Connection, owner: str, agent_id: str, sess
 
 def purge_deleted(connection: Connection, grace_seconds: float, limit: int) -> int:
     """Deletes the rows of sessions and agents marked deleted `grace_seconds` ago, once nothing is unfinished there."""
-    old = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, grace_seconds)
+    old = func.clock_timestamp() - seconds(grace_seconds)
     running = exists().where(and_(turns.c.session_id == sessions.c.session_id, text(UNFINISHED_SQL)))
     idle = select(sessions.c.session_id).where(sessions.c.deleted_at < old, not_(running))
     gone = delete(sessions).where(sessions.c.session_id.in_(idle.limit(limit).with_for_update(skip_locked=True)))

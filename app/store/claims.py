@@ -11,14 +11,24 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, insert, literal, select, text, update
+from sqlalchemy import Connection, Row, bindparam, exists, func, insert, select, text, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import AttemptLost, TurnFailure
 from app.domain.events import Event, EventId
 from app.domain.turns import TurnStatus
-from app.store.tables import UNFINISHED_SQL, agents, journal, registry_version, sessions, tool_calls, turns, workers
-from app.store.turns import _steps, add_segment
+from app.store.tables import (
+    UNFINISHED_SQL,
+    agents,
+    journal,
+    registry_version,
+    seconds,
+    sessions,
+    tool_calls,
+    turns,
+    workers,
+)
+from app.store.turns import add_segment, read_steps
 
 
 @dataclass(frozen=True)
@@ -72,45 +82,60 @@ class LegEnd:
     deadline_seconds: float | None = None
 
 
+# Statements of the hot path are built once: building one costs as much as running it.
+_NOW = func.clock_timestamp()
+_EARLIER = turns.alias("earlier")
+FIRST_IN_SESSION = ~exists().where(
+    _EARLIER.c.session_id == turns.c.session_id,
+    _EARLIER.c.number < turns.c.number,
+    text(f"earlier.{UNFINISHED_SQL}"),
+)
+"""Whether every earlier turn of its session has ended."""
+
+_CLAIM = (
+    update(turns)
+    .where(
+        turns.c.turn_id == bindparam("of_turn"),
+        turns.c.status == TurnStatus.QUEUED,
+        FIRST_IN_SESSION,
+        exists().where(
+            workers.c.worker_id == bindparam("by_worker"), workers.c.dead_at.is_(None), workers.c.lease_until > _NOW
+        ),
+    )
+    .values(
+        status=TurnStatus.RUNNING,
+        fence=turns.c.fence + 1,
+        worker_id=bindparam("by_worker"),
+        claimed_at=_NOW,
+        started_at=func.coalesce(turns.c.started_at, _NOW),
+        deadline_at=func.coalesce(turns.c.deadline_at, _NOW + seconds(bindparam("timeout"))),
+        cancel_requested_at=None,
+    )
+    .returning(turns)
+)
+_CONTEXT = (
+    select(agents.c.agent_id, agents.c.config, registry_version.c.version)
+    .select_from(sessions.join(agents).join(registry_version, true()))
+    .where(sessions.c.session_id == bindparam("of_session"))
+)
+_PAST = (
+    select(turns.c.turn_id, turns.c.request)
+    .where(turns.c.session_id == bindparam("of_session"), turns.c.number < bindparam("before"))
+    .order_by(turns.c.number)
+)
+_LEDGER = select(tool_calls).where(tool_calls.c.turn_id == bindparam("of_turn"))
+
+
 def claim(connection: Connection, turn_id: str, worker_id: str, timeout_seconds: float) -> Claim | None:
     """Takes a queued turn that is the first unfinished one of its session; needs a live lease.
 
     None: somebody else has it, it has ended, an earlier turn of its session has not, or the lease is over.
     """
-    now = func.clock_timestamp()
-    earlier = turns.alias("earlier")
-    first = ~exists().where(
-        and_(
-            earlier.c.session_id == turns.c.session_id,
-            earlier.c.number < turns.c.number,
-            text(f"earlier.{UNFINISHED_SQL}"),
-        )
-    )
-    alive = exists().where(
-        and_(workers.c.worker_id == worker_id, workers.c.dead_at.is_(None), workers.c.lease_until > now)
-    )
-    taken = (
-        update(turns)
-        .where(turns.c.turn_id == turn_id, turns.c.status == TurnStatus.QUEUED, first, alive)
-        .values(
-            status=TurnStatus.RUNNING,
-            fence=turns.c.fence + 1,
-            worker_id=worker_id,
-            claimed_at=now,
-            started_at=func.coalesce(turns.c.started_at, now),
-            deadline_at=func.coalesce(turns.c.deadline_at, now + _seconds(timeout_seconds)),
-            cancel_requested_at=None,
-        )
-        .returning(turns)
-    )
-    row = connection.execute(taken).one_or_none()
+    what = {"of_turn": turn_id, "by_worker": worker_id, "timeout": timeout_seconds}
+    row = connection.execute(_CLAIM, what).one_or_none()
     if row is None:
         return None
-    context = connection.execute(
-        select(agents.c.agent_id, agents.c.config, sessions.c.deleted_at, registry_version.c.version)
-        .select_from(sessions.join(agents, sessions.c.agent_id == agents.c.agent_id), registry_version)
-        .where(sessions.c.session_id == row.session_id)
-    ).one()
+    context = connection.execute(_CONTEXT, {"of_session": row.session_id}).one()
     return Claim(
         turn_id=row.turn_id,
         session_id=row.session_id,
@@ -127,24 +152,59 @@ def claim(connection: Connection, turn_id: str, worker_id: str, timeout_seconds:
         started_at=row.started_at,
         deadline_at=row.deadline_at,
         registry_version=context.version,
-        **_recorded(connection, row.turn_id, row.session_id, row.number),
+        **_recorded(connection, row),
     )
 
 
-def _recorded(connection: Connection, turn_id: str, session_id: str, number: int) -> dict[str, Any]:
-    """The turn's journal and ledger, and the session's earlier turns: three statements, however many turns there are."""
-    earlier = connection.execute(
-        select(turns.c.turn_id, turns.c.request)
-        .where(turns.c.session_id == session_id, turns.c.number < number)
-        .order_by(turns.c.number)
-    ).all()
-    steps = _steps(connection, [turn_id, *(row.turn_id for row in earlier)])
-    entries = connection.execute(select(tool_calls).where(tool_calls.c.turn_id == turn_id))
+def _recorded(connection: Connection, row: Row[Any]) -> dict[str, Any]:
+    """The turn's journal and ledger, and the session's earlier turns: at most three statements, whatever there is."""
+    earlier = _rows(connection, _PAST, {"of_session": row.session_id, "before": row.number}, row.number > 1)
+    entries = _rows(connection, _LEDGER, {"of_turn": row.turn_id}, row.fence > 1)
+    with_steps = [each.turn_id for each in earlier] + ([row.turn_id] if row.fence > 1 else [])
+    steps = read_steps(connection, with_steps) if with_steps else {}
     return {
-        "steps": steps[turn_id],
-        "past": [PastTurn(row.request["messages"], steps[row.turn_id]) for row in earlier],
-        "ledger": {(row.ordinal, row.index): LedgerEntry(row.fence, row.result) for row in entries},
+        "steps": steps.get(row.turn_id, []),
+        "past": [PastTurn(each.request["messages"], steps[each.turn_id]) for each in earlier],
+        "ledger": {(each.ordinal, each.index): LedgerEntry(each.fence, each.result) for each in entries},
     }
+
+
+def _rows(connection: Connection, query: Any, what: dict[str, Any], any_possible: bool) -> Sequence[Row[Any]]:
+    return connection.execute(query, what).all() if any_possible else ()
+
+
+_OWNED = (
+    turns.c.turn_id == bindparam("of_turn"),
+    turns.c.fence == bindparam("with_fence"),
+    turns.c.status == TurnStatus.RUNNING,
+    turns.c.worker_id == bindparam("by_worker"),
+    turns.c.last_fence == bindparam("at_fence"),
+    turns.c.last_n == bindparam("at_n"),
+)
+_OWNED_UPDATE = update(turns).where(*_OWNED)
+_RUNNING_HERE = exists().where(
+    turns.c.turn_id == bindparam("of_turn"),
+    turns.c.fence == bindparam("with_fence"),
+    turns.c.status == TurnStatus.RUNNING,
+)
+_ADD_STEP = insert(journal)
+_START_CALL = (
+    upsert(tool_calls)
+    .values({name: bindparam(name) for name in ("turn_id", "ordinal", "index", "fence")})
+    .on_conflict_do_update(
+        index_elements=["turn_id", "ordinal", "index"], set_={"fence": bindparam("fence"), "started_at": _NOW}
+    )
+)
+_FINISH_CALL = (
+    update(tool_calls)
+    .where(
+        tool_calls.c.turn_id == bindparam("of_turn"),
+        tool_calls.c.ordinal == bindparam("of_ordinal"),
+        tool_calls.c.index == bindparam("of_index"),
+        _RUNNING_HERE,
+    )
+    .values(result=bindparam("response"))
+)
 
 
 def record(
@@ -175,7 +235,7 @@ def record(
         return _advanced(claim, events, step, resolved)
     if step is not None:
         row = {"turn_id": claim.turn_id, "ordinal": len(claim.steps), "step_id": step["step_id"], "step": step}
-        connection.execute(insert(journal).values(row))
+        connection.execute(_ADD_STEP, row)
     if events:
         add_segment(connection, claim.turn_id, events)
     for ordinal, index in started_calls:
@@ -187,15 +247,7 @@ def record(
 
 def _fenced_update(connection: Connection, claim: Claim, values: dict[str, Any], events: Sequence[Event]) -> bool:
     """False: it was made before. Raises AttemptLost."""
-    owned = update(turns).where(
-        turns.c.turn_id == claim.turn_id,
-        turns.c.fence == claim.fence,
-        turns.c.status == TurnStatus.RUNNING,
-        turns.c.worker_id == claim.worker_id,
-        turns.c.last_fence == claim.last.fence,
-        turns.c.last_n == claim.last.n,
-    )
-    if connection.execute(owned.values(values)).rowcount:
+    if connection.execute(_OWNED_UPDATE.values(values), _owner(claim)).rowcount:
         return True
     row = connection.execute(select(turns).where(turns.c.turn_id == claim.turn_id)).one_or_none()
     if row and events and row.fence == claim.fence and (row.last_fence, row.last_n) == events[-1].id:
@@ -204,39 +256,40 @@ def _fenced_update(connection: Connection, claim: Claim, values: dict[str, Any],
 
 
 def _end_values(end: LegEnd) -> dict[str, Any]:
-    now = func.clock_timestamp()
     return {
         "status": end.status,
         "output_message": end.output_message,
         "error": end.failure.as_dict() if end.failure else None,
         "completed_at": end.completed_at,
-        "deadline_at": now + _seconds(end.deadline_seconds) if end.deadline_seconds else None,
+        "deadline_at": _NOW + seconds(end.deadline_seconds) if end.deadline_seconds else None,
+    }
+
+
+def _owner(claim: Claim) -> dict[str, Any]:
+    return {
+        "of_turn": claim.turn_id,
+        "with_fence": claim.fence,
+        "by_worker": claim.worker_id,
+        "at_fence": claim.last.fence,
+        "at_n": claim.last.n,
     }
 
 
 def _start_call(connection: Connection, claim: Claim, ordinal: int, index: int) -> None:
     row = {"turn_id": claim.turn_id, "ordinal": ordinal, "index": index, "fence": claim.fence}
-    again = {"fence": claim.fence, "started_at": func.clock_timestamp()}
-    connection.execute(
-        upsert(tool_calls).values(row).on_conflict_do_update(index_elements=["turn_id", "ordinal", "index"], set_=again)
-    )
+    connection.execute(_START_CALL, row)
 
 
 def _finish_call(connection: Connection, claim: Claim, ordinal: int, index: int, response: dict[str, Any]) -> None:
     """The ledger's own fence keeps an attempt that is over from overwriting its successor's result."""
-    finished = update(tool_calls).where(
-        tool_calls.c.turn_id == claim.turn_id,
-        tool_calls.c.ordinal == ordinal,
-        tool_calls.c.index == index,
-        exists().where(
-            and_(
-                turns.c.turn_id == claim.turn_id,
-                turns.c.fence == claim.fence,
-                turns.c.status == TurnStatus.RUNNING,
-            )
-        ),
-    )
-    if connection.execute(finished.values(result=response)).rowcount == 0:
+    what = {
+        "of_turn": claim.turn_id,
+        "with_fence": claim.fence,
+        "of_ordinal": ordinal,
+        "of_index": index,
+        "response": response,
+    }
+    if connection.execute(_FINISH_CALL, what).rowcount == 0:
         raise AttemptLost(f"turn {claim.turn_id}: attempt {claim.fence} is over")
 
 
@@ -276,7 +329,3 @@ def still_owned(connection: Connection, claim: Claim) -> bool:
     query = select(turns.c.fence, turns.c.status).where(turns.c.turn_id == claim.turn_id).with_for_update(read=True)
     row = connection.execute(query).one_or_none()
     return row is not None and row.fence == claim.fence and row.status == TurnStatus.RUNNING
-
-
-def _seconds(seconds: float) -> Any:
-    return func.make_interval(0, 0, 0, 0, 0, 0, literal(seconds))

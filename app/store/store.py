@@ -20,6 +20,10 @@ R = TypeVar("R")
 CONNECT_TIMEOUT_SECONDS = 5
 
 
+class _StaleConnection(Unavailable):
+    """The connection was lost before anything was committed."""
+
+
 class Store:
     """At most `pool_size` connections to Postgres, opened as they are needed, and as many threads to use them from."""
 
@@ -28,7 +32,7 @@ class Store:
             url,
             pool_size=pool_size,
             max_overflow=0,
-            pool_pre_ping=True,
+            pool_use_lifo=True,
             connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": f"caravan-{name}"},
         )
         self._threads = ThreadPoolExecutor(max_workers=pool_size, thread_name_prefix=f"store-{name}")
@@ -40,13 +44,35 @@ class Store:
         unknown.
         """
         try:
-            with self.engine.begin() as connection:
-                return query(connection, *args, **kwargs)
+            return self._attempt(query, *args, **kwargs)
+        except _StaleConnection:
+            return self._attempt(query, *args, **kwargs)
+
+    def _attempt(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            with self.engine.connect() as connection:
+                result = self._uncommitted(connection, query, *args, **kwargs)
+                connection.commit()
+                return result
         except (OperationalError, InterfaceError, PoolTimeout) as error:
             raise Unavailable(f"Postgres is not available (DATABASE_URL): {_first_line(error)}") from error
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise Unavailable(f"Postgres went away (DATABASE_URL): {_first_line(error)}") from error
+            raise
+
+    def _uncommitted(
+        self, connection: Connection, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """A pooled connection that died unseen shows only now; nothing is committed yet, so all of it can be done again.
+
+        That happens once: the first such connection empties the pool.
+        """
+        try:
+            return query(connection, *args, **kwargs)
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise _StaleConnection from error
             raise
 
     async def run(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:

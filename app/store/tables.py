@@ -4,12 +4,15 @@ JSON is stored as `json`, not `jsonb`: it is never searched inside, and `jsonb` 
 models and clients do send.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     DateTime,
     ForeignKey,
     Index,
@@ -42,6 +45,13 @@ def _one_of(statuses: frozenset[TurnStatus]) -> str:
 
 
 UNFINISHED_SQL = f"status NOT IN ({_one_of(ENDED)})"
+
+
+def seconds(number: Any) -> ColumnElement[Any]:
+    """An interval of so many seconds."""
+    return func.make_interval(0, 0, 0, 0, 0, 0, number)
+
+
 _Id = Uuid(as_uuid=False)
 _Time = DateTime(timezone=True)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, literal, select, text, tuple_, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, literal, select, text, tuple_, update
 
 from app.domain import events
 from app.domain.errors import Conflict, NotFound, TurnFailure
@@ -57,6 +57,32 @@ class Ended:
     events: list[Event]
 
 
+_TAKE_NUMBER = (
+    update(sessions)
+    .where(
+        sessions.c.session_id == bindparam("of_session"),
+        sessions.c.agent_id == bindparam("of_agent"),
+        sessions.c.owner == bindparam("of_owner"),
+        sessions.c.deleted_at.is_(None),
+    )
+    .values(next_number=sessions.c.next_number + 1)
+    .returning(sessions.c.next_number)
+)
+_AWAITING = select(turns.c.turn_id).where(
+    turns.c.session_id == bindparam("of_session"), turns.c.status == TurnStatus.AWAITING_INPUT
+)
+_ADD_TURN = insert(turns).values(
+    {
+        **{name: bindparam(name) for name in ("turn_id", "session_id", "owner", "number", "request")},
+        "status": TurnStatus.QUEUED,
+        "tool_responses": {},
+        "queued_at": func.clock_timestamp(),
+        "rung_at": func.clock_timestamp(),
+        "rings": 1,
+    }
+)
+
+
 def accept(
     connection: Connection, owner: str, agent_id: str, session_id: str, turn_id: str, request: dict[str, Any]
 ) -> list[Ended]:
@@ -64,40 +90,21 @@ def accept(
 
     Gives the turns that this ended. Raises NotFound: no such agent or session.
     """
-    get_session(connection, owner, agent_id, session_id)
-    take_number = (
-        update(sessions)
-        .where(sessions.c.session_id == session_id, sessions.c.deleted_at.is_(None))
-        .values(next_number=sessions.c.next_number + 1)
-        .returning(sessions.c.next_number)
-    )
-    following = connection.execute(take_number).scalar()
+    where = {"of_session": session_id, "of_agent": agent_id, "of_owner": owner}
+    following = connection.execute(_TAKE_NUMBER, where).scalar()
     if following is None:
+        get_session(connection, owner, agent_id, session_id)
         raise NotFound("Session", session_id)
-    superseded = _supersede(connection, session_id)
-    connection.execute(
-        insert(turns).values(
-            turn_id=turn_id,
-            session_id=session_id,
-            owner=owner,
-            number=following - 1,
-            status=TurnStatus.QUEUED,
-            request=request,
-            tool_responses={},
-            queued_at=func.clock_timestamp(),
-            rung_at=func.clock_timestamp(),
-            rings=1,
-        )
-    )
+    superseded = _supersede(connection, session_id) if following > 2 else []
+    row = {"turn_id": turn_id, "session_id": session_id, "owner": owner, "number": following - 1, "request": request}
+    connection.execute(_ADD_TURN, row)
     return superseded
 
 
 def _supersede(connection: Connection, session_id: str) -> list[Ended]:
-    awaiting = select(turns.c.turn_id).where(
-        turns.c.session_id == session_id, turns.c.status == TurnStatus.AWAITING_INPUT
-    )
     failure = TurnFailure("superseded", "A newer turn of the session superseded this one while it awaited input.")
-    ended = [end(connection, turn_id, failure, _no_tail) for turn_id in connection.scalars(awaiting).all()]
+    awaiting = connection.scalars(_AWAITING, {"of_session": session_id}).all()
+    ended = [end(connection, turn_id, failure, _no_tail) for turn_id in awaiting]
     return [one for one in ended if one is not None]
 
 
@@ -117,7 +124,7 @@ def resume(connection: Connection, turn_id: str, session_id: str, responses: lis
         raise NotFound("Turn", turn_id)
     if row.status != TurnStatus.AWAITING_INPUT:
         raise Conflict(f"Turn '{turn_id}' is {row.status}, so it does not await tool responses")
-    steps = _steps(connection, [turn_id])[turn_id]
+    steps = read_steps(connection, [turn_id])[turn_id]
     ordinal = max(i for i, step in enumerate(steps) if step["step_type"] == "inference")
     connection.execute(
         update(turns)
@@ -243,25 +250,27 @@ def end(
     return Ended(turn_id, row.session_id, terminal)
 
 
+_ADD_SEGMENT = insert(event_segments)
+
+
 def add_segment(connection: Connection, turn_id: str, recorded: Sequence[Event]) -> None:
     """Stores events that follow all that are stored."""
     last = recorded[-1].id
-    connection.execute(
-        insert(event_segments).values(
-            turn_id=turn_id, last_fence=last.fence, last_n=last.n, events=events.pack(recorded)
-        )
-    )
+    row = {"turn_id": turn_id, "last_fence": last.fence, "last_n": last.n, "events": events.pack(recorded)}
+    connection.execute(_ADD_SEGMENT, row)
+
+
+_FIRST_UNFINISHED = (
+    select(turns.c.turn_id, turns.c.status)
+    .where(turns.c.session_id == bindparam("of_session"), text(UNFINISHED_SQL))
+    .order_by(turns.c.number)
+    .limit(1)
+)
 
 
 def next_in_session(connection: Connection, session_id: str) -> str | None:
     """The session's first unfinished turn if it is queued: the one to ring now. Its queue wait starts here."""
-    first = (
-        select(turns.c.turn_id, turns.c.status)
-        .where(turns.c.session_id == session_id, text(UNFINISHED_SQL))
-        .order_by(turns.c.number)
-        .limit(1)
-    )
-    row = connection.execute(first).one_or_none()
+    row = connection.execute(_FIRST_UNFINISHED, {"of_session": session_id}).one_or_none()
     if row is None or row.status != TurnStatus.QUEUED:
         return None
     now = func.clock_timestamp()
@@ -278,14 +287,21 @@ def _columns() -> Any:
 
 def _read(connection: Connection, *conditions: Any) -> list[TurnRow]:
     rows = connection.execute(_columns().where(*conditions).order_by(turns.c.number)).all()
-    steps = _steps(connection, [row.turn_id for row in rows])
+    steps = read_steps(connection, [row.turn_id for row in rows])
     return [_turn(row, steps[row.turn_id]) for row in rows]
 
 
-def _steps(connection: Connection, turn_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+_STEPS = (
+    select(journal.c.turn_id, journal.c.step)
+    .where(journal.c.turn_id.in_(bindparam("of_turns", expanding=True)))
+    .order_by(journal.c.turn_id, journal.c.ordinal)
+)
+
+
+def read_steps(connection: Connection, turn_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The recorded steps of turns, in order, by turn."""
     steps: dict[str, list[dict[str, Any]]] = {turn_id: [] for turn_id in turn_ids}
-    query = select(journal.c.turn_id, journal.c.step).where(journal.c.turn_id.in_(turn_ids))
-    for row in connection.execute(query.order_by(journal.c.turn_id, journal.c.ordinal)):
+    for row in connection.execute(_STEPS, {"of_turns": turn_ids}):
         steps[row.turn_id].append(row.step)
     return steps
 

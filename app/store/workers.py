@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, literal, or_, select, text, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
-from app.store.tables import UNFINISHED_SQL, registry_version, turns, workers
+from app.store.claims import FIRST_IN_SESSION
+from app.store.tables import registry_version, seconds, turns, workers
 from app.store.turns import Ended, RaiseFence, end
 
 BATCH = 50
@@ -28,13 +29,13 @@ class WorkerRow:
 
 
 def register(connection: Connection, worker_id: str, name: str, lease_seconds: float) -> None:
-    lease = func.clock_timestamp() + _seconds(lease_seconds)
+    lease = func.clock_timestamp() + seconds(lease_seconds)
     connection.execute(insert(workers).values(worker_id=worker_id, name=name, lease_until=lease))
 
 
 def renew(connection: Connection, worker_id: str, lease_seconds: float) -> set[str] | None:
     """Renews a lease; gives the ids of the worker's turns that are to be cancelled. None: it was found dead."""
-    lease = func.clock_timestamp() + _seconds(lease_seconds)
+    lease = func.clock_timestamp() + seconds(lease_seconds)
     mine = update(workers).where(workers.c.worker_id == worker_id, workers.c.dead_at.is_(None))
     if connection.execute(mine.values(lease_until=lease)).rowcount == 0:
         return None
@@ -70,7 +71,7 @@ def mark_dead(connection: Connection, lease_seconds: float) -> int:
     expired = update(workers).where(
         workers.c.dead_at.is_(None),
         workers.c.lease_until < now,
-        func.pg_postmaster_start_time() + _seconds(lease_seconds) < now,
+        func.pg_postmaster_start_time() + seconds(lease_seconds) < now,
     )
     return connection.execute(expired.values(dead_at=now)).rowcount
 
@@ -132,20 +133,13 @@ def overdue_failure() -> TurnFailure:
 def to_ring(connection: Connection) -> list[str]:
     """Claimable turns whose last doorbell is old enough: 4 s, then twice as long each time, at most a minute."""
     now = func.clock_timestamp()
-    earlier = turns.alias("earlier")
     wait = func.least(RING_FIRST_SECONDS * func.power(2, func.least(turns.c.rings - 1, 8)), RING_MOST_SECONDS)
     due = (
         select(turns.c.turn_id)
         .where(
             turns.c.status == TurnStatus.QUEUED,
             or_(turns.c.rung_at.is_(None), turns.c.rung_at < now - func.make_interval(0, 0, 0, 0, 0, 0, wait)),
-            ~exists().where(
-                and_(
-                    earlier.c.session_id == turns.c.session_id,
-                    earlier.c.number < turns.c.number,
-                    text(f"earlier.{UNFINISHED_SQL}"),
-                )
-            ),
+            FIRST_IN_SESSION,
         )
         .order_by(turns.c.queued_at)
         .limit(BATCH)
@@ -158,16 +152,8 @@ def to_ring(connection: Connection) -> list[str]:
 def overdue(connection: Connection, max_queue_wait_seconds: float) -> list[tuple[str, TurnFailure]]:
     """Turns that waited too long, for a worker or for input, and why that ends them."""
     now = func.clock_timestamp()
-    earlier = turns.alias("earlier")
-    is_first = ~exists().where(
-        and_(
-            earlier.c.session_id == turns.c.session_id,
-            earlier.c.number < turns.c.number,
-            text(f"earlier.{UNFINISHED_SQL}"),
-        )
-    )
     waited = and_(
-        turns.c.status == TurnStatus.QUEUED, turns.c.queued_at < now - _seconds(max_queue_wait_seconds), is_first
+        turns.c.status == TurnStatus.QUEUED, turns.c.queued_at < now - seconds(max_queue_wait_seconds), FIRST_IN_SESSION
     )
     unanswered = and_(turns.c.status == TurnStatus.AWAITING_INPUT, turns.c.deadline_at < now)
     alive = select(func.count()).where(workers.c.dead_at.is_(None), workers.c.lease_until > now).scalar_subquery()
@@ -187,7 +173,7 @@ def _overdue(status: str, live: int, max_queue_wait_seconds: float) -> TurnFailu
 
 def forget_dead_workers(connection: Connection) -> int:
     """Deletes rows of long dead workers that no turn names."""
-    old = workers.c.dead_at < func.clock_timestamp() - _seconds(KEEP_DEAD_WORKERS_SECONDS)
+    old = workers.c.dead_at < func.clock_timestamp() - seconds(KEEP_DEAD_WORKERS_SECONDS)
     unused = ~exists().where(turns.c.worker_id == workers.c.worker_id)
     return connection.execute(delete(workers).where(old, unused)).rowcount
 
@@ -195,7 +181,3 @@ def forget_dead_workers(connection: Connection) -> int:
 def bump_registry_version(connection: Connection) -> None:
     """Tells every worker, at its next claim, that models, toolgroups, shields or vector stores have changed."""
     connection.execute(update(registry_version).values(version=registry_version.c.version + 1))
-
-
-def _seconds(seconds: float) -> Any:
-    return func.make_interval(0, 0, 0, 0, 0, 0, literal(seconds))

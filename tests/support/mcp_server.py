@@ -63,9 +63,9 @@ class RecordingMCP(FastMCP):
         return result
 
 
-def build(host: str = "127.0.0.1", stateless: bool = False) -> RecordingMCP:
+def build(host: str) -> RecordingMCP:
     """The server with its tools and control routes."""
-    server = RecordingMCP("tests", host=host, stateless_http=stateless, log_level="WARNING")
+    server = RecordingMCP("tests", host=host, log_level="WARNING")
     server.forget()
     _add_tools(server)
     _add_control(server)
@@ -122,13 +122,12 @@ def _add_control(server: RecordingMCP) -> None:
 
 
 class McpServer(ServerProcess):
-    """Runs the MCP server in a subprocess: `with McpServer() as mcp: … mcp.url` (it ends in /mcp)."""
+    """Runs the MCP server in a subprocess: `with McpServer() as mcp: … mcp.url` (it ends in /mcp).
+
+    A kill loses its sessions, and the calls and counts so far.
+    """
 
     module = "tests.support.mcp_server"
-
-    def __init__(self, port: int = 0, host: str = "127.0.0.1", stateless: bool = False) -> None:
-        """Stateful sessions unless `stateless`; a kill loses them, and the calls."""
-        super().__init__(port, host, ["--stateless"] if stateless else [])
 
     def calls(self) -> list[dict[str, Any]]:
         """Each call of a tool, in order: `tool`, `arguments`, `meta` (the request's `_meta`), `at` (seconds since the
@@ -148,12 +147,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="An MCP server with a few tools.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
-    parser.add_argument("--stateless", action="store_true", help="no sessions")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
-    app = build(arguments.host, arguments.stateless).streamable_http_app()
+    app = build(arguments.host).streamable_http_app()
     listener = socket.create_server((arguments.host, arguments.port), backlog=1024)
     print(f"MCP server ready on http://{arguments.host}:{listener.getsockname()[1]}/mcp", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.stack.chunks import Chunk, ModelError, read_chunks, server_error
+from app.stack.chunks import ModelError, read_chunks, server_error
 
 
 def event(**fields: Any) -> bytes:
@@ -24,7 +24,7 @@ def content(text: str, finish_reason: str | None = None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-async def chunks_of(*blocks: bytes) -> list[Chunk]:
+async def chunks_of(*blocks: bytes) -> list[Any]:
     async def stream() -> AsyncIterator[bytes]:
         for block in blocks:
             yield block
@@ -32,7 +32,7 @@ async def chunks_of(*blocks: bytes) -> list[Chunk]:
     return [chunk async for chunk in read_chunks(stream())]
 
 
-def text_of(chunks: list[Chunk]) -> str:
+def text_of(chunks: list[Any]) -> str:
     return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices or () if choice.delta)
 
 

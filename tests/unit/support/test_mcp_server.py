@@ -79,10 +79,9 @@ async def test_a_call_is_seen_while_it_runs(mcp: McpServer) -> None:
         running.cancel()
 
 
-async def test_it_comes_back_on_its_port() -> None:
-    with McpServer(stateless=True) as mcp:
-        url = mcp.url
-        mcp.restart()
-        assert mcp.url == url
-        async with session(mcp) as client:
-            assert text(await client.call_tool("add", {"a": 2, "b": 2})) == "4"
+async def test_it_comes_back_on_its_port(mcp: McpServer) -> None:
+    url = mcp.url
+    mcp.restart()
+    assert mcp.url == url
+    async with session(mcp) as client:
+        assert text(await client.call_tool("add", {"a": 2, "b": 2})) == "4"

@@ -46,7 +46,8 @@ def model(server: ScriptedModel) -> ScriptedModel:
 
 @pytest.fixture
 async def client(model: ScriptedModel) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=model.url, api_key="test-key", max_retries=0) as client:
+    plain = openai.DefaultAsyncHttpxClient(verify=False)  # no TLS context, which takes longer than most tests
+    async with openai.AsyncOpenAI(base_url=model.url, api_key="test-key", max_retries=0, http_client=plain) as client:
         yield client
 
 
@@ -281,7 +282,7 @@ async def test_errtimes_fails_so_many_times_for_each_script(client: openai.Async
 
 
 async def test_a_drop_cuts_the_stream(client: openai.AsyncOpenAI, model: ScriptedModel) -> None:
-    with pytest.raises((httpx.RemoteProtocolError, openai.APIConnectionError)):
+    with pytest.raises(openai.APIConnectionError):
         await stream(client, user("PART a | DROP"))
     with pytest.raises(openai.APIConnectionError):
         await whole(client, user("DROP"))
@@ -419,7 +420,7 @@ async def test_an_outage_and_its_end() -> None:
             held = asyncio.create_task(stream(client, user("PART a | HOLD gate")))
             await asyncio.to_thread(model.wait_held, "gate")
             model.kill()
-            with pytest.raises((httpx.HTTPError, openai.APIConnectionError)):
+            with pytest.raises(openai.APIConnectionError):
                 await held
             with pytest.raises(openai.APIConnectionError):
                 await stream(client, user("SAY a"))
