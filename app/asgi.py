@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import version
 
+import psycopg2
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from app.api import agents, errors, sessions, turns
-from app.api.limits import BodyLimit
 from app.api.service import Service, StoreRecords
 from app.dispatch import Doorbell
 from app.domain.errors import Unavailable
@@ -20,7 +21,7 @@ from app.endings import Endings
 from app.events.follow import Relay
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings, SettingsError
-from app.stack.mounted import create_stack_app, stack_lifespan
+from app.stack.mounted import StackApp, create_stack_app, stack_lifespan
 from app.store import Store, migrate, workers
 from app.telemetry import settle_memory
 from app.upkeep import Upkeep
@@ -67,6 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
         async with AsyncExitStack() as opened:
             app.state.service = await _open(settings, store, opened)
             await opened.enter_async_context(stack_lifespan(stack))
+            follower = asyncio.create_task(_follow_registry(store, stack, settings.upkeep_seconds))
+            opened.callback(follower.cancel)
             settle_memory()
             yield
 
@@ -75,9 +78,13 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for prefix in ("/v1", "/v1alpha"):
         for module in (agents, sessions, turns):
-            app.include_router(module.router, prefix=prefix, include_in_schema=prefix == "/v1alpha")
-    errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.request_max_bytes)
+            app.include_router(
+                module.router,
+                prefix=prefix,
+                include_in_schema=prefix == "/v1alpha",
+                max_body_size=settings.request_max_bytes,
+            )
+    errors.install(app, settings.request_max_bytes)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -88,6 +95,18 @@ def create_app(settings: Settings) -> FastAPI:
         )
     app.mount("/", stack)
     return app
+
+
+async def _follow_registry(store: Store, stack: StackApp, every_seconds: float) -> None:
+    """Makes what clients registered through other web processes known to this one."""
+    seen = None
+    while True:
+        with suppress(Unavailable, psycopg2.Error):
+            version = await store.run(workers.registry_version_now)
+            if seen not in (None, version):
+                await stack.refresh_registry()
+            seen = version
+        await asyncio.sleep(every_seconds)
 
 
 async def _open(settings: Settings, store: Store, opened: AsyncExitStack) -> Service:

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from app.domain.errors import CaravanError, Conflict, InvalidRequest, NotFound, TooLarge, TurnFailure, Unavailable
+from app.domain.errors import CaravanError, Conflict, InvalidRequest, NotFound, TurnFailure, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,6 @@ STATUSES: dict[type[CaravanError], int] = {
     InvalidRequest: 400,
     NotFound: 404,
     Conflict: 409,
-    TooLarge: 413,
     Unavailable: 503,
 }
 
@@ -45,7 +44,11 @@ def failure_status(failure: TurnFailure) -> int:
     return 424
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, request_max_bytes: int) -> None:
+    async def too_large(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": f"The body is over {request_max_bytes} bytes (REQUEST_MAX_BYTES)"}, 413)
+
+    app.add_exception_handler(413, too_large)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(CaravanError, _error)
 

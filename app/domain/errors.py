@@ -39,10 +39,6 @@ class Conflict(CaravanError):
     """The request is right, but not now: another one got there first (409)."""
 
 
-class TooLarge(CaravanError):
-    """The request is over a limit (413)."""
-
-
 class Unavailable(CaravanError):
     """A server that this needs cannot be reached; worth trying again later (503)."""
 

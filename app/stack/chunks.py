@@ -118,11 +118,12 @@ class TextCompletion(OpenAICompletion):
     model: str | None = ""
 
 
-async def read_chunks(blocks: AsyncIterator[bytes]) -> AsyncIterator[Chunk]:
-    """The chunks of a completion, each with at least one choice; ends after `data: [DONE]`, or after the last block.
+async def read_chunks(blocks: AsyncIterator[bytes], *, include_usage: bool = False) -> AsyncIterator[Chunk]:
+    """The chunks of a completion; ends after `data: [DONE]`, or after the last block.
 
-    A chunk without choices is dropped, unless it has the usage: that one gets an empty choice with the last finish
-    reason, because llama_stack's converter reads `choices[0]` of every chunk.
+    Each has at least one choice, since llama_stack's converter reads `choices[0]` of every chunk: others are dropped.
+    `include_usage` (who asked for it is OpenAI's `stream_options.include_usage`) lets the usage through, in a chunk
+    whose `choices` is empty, as OpenAI's is.
     Raises ModelError: the server sent an error, sent what is no chunk, or ended before any choice was finished.
     """
     finish_reason: str | None = None
@@ -135,8 +136,8 @@ async def read_chunks(blocks: AsyncIterator[bytes]) -> AsyncIterator[Chunk]:
                 choice.delta = choice.delta or Delta()
                 finish_reason = choice.finish_reason or finish_reason
             yield chunk
-        elif chunk.usage is not None:
-            chunk.choices = [Choice(delta=Delta(), finish_reason=finish_reason)]
+        elif include_usage and chunk.usage is not None:
+            chunk.choices = []
             yield chunk
     if finish_reason is None:
         raise ModelError("The model server closed the stream before the completion was finished.")

@@ -164,7 +164,8 @@ def _files() -> Provider:
 def files_folder() -> Path:
     """Where uploaded files are kept: `$XDG_DATA_HOME/caravan/files`, by default `~/.local/share/caravan/files`.
 
-    Web processes on several machines must share this folder (https://specifications.freedesktop.org/basedir-spec/).
+    Web processes on several machines must share this folder. A relative `$XDG_DATA_HOME` counts as none
+    (https://specifications.freedesktop.org/basedir-spec/).
     """
-    home = os.environ.get("XDG_DATA_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share") / "caravan" / "files"
+    home = Path(os.environ.get("XDG_DATA_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".local" / "share") / "caravan" / "files"

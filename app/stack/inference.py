@@ -101,11 +101,11 @@ class ModelServer:
         Closing the iterator, or cancelling the task that waits for it, closes the connection to the server at once.
         """
         response = await self._ask("/chat/completions", _body(params))
-        return (
-            _stream(response, read_chunks(blocks := response.aiter_bytes()), blocks)
-            if params.stream
-            else (await _whole(response, ChatCompletion))
-        )
+        if not params.stream:
+            return await _whole(response, ChatCompletion)
+        blocks = response.aiter_bytes()
+        include_usage = bool((params.stream_options or {}).get("include_usage"))
+        return _stream(response, read_chunks(blocks, include_usage=include_usage), blocks)
 
     async def openai_completion(
         self, params: OpenAICompletionRequestWithExtraBody

@@ -39,8 +39,11 @@ RegistryHook = Callable[[], Awaitable[None] | None]
 _AGENTS = re.compile(r"/v1(alpha)?/agents(/|$)")
 _REGISTRY = re.compile(
     r"/v1(alpha|beta)?/(openai/v1/)?(eval/)?"
-    r"(models|toolgroups|shields|vector-dbs|vector_dbs|vector_stores|scoring-functions|benchmarks|datasets)(/(?P<rest>.*))?$"
+    r"(?P<noun>models|toolgroups|shields|vector-dbs|vector_dbs|vector_stores|scoring-functions|benchmarks|datasets)"
+    r"(/(?P<rest>.*))?$"
 )
+# A search is a POST below a vector store, and a file below it changes its content, which is not cached.
+_CONTENT = re.compile(r"[^/]+/(search|files|file_batches)(/|$)")
 _ALWAYS_SERVED = {"inspect", "providers", "prompts", "conversations"}
 
 
@@ -178,5 +181,4 @@ def changes_registry(method: str, path: str) -> bool:
     found = _REGISTRY.match(path)
     if not found or method in ("GET", "HEAD", "OPTIONS"):
         return False
-    # A search is a POST below a vector store, and a file below it changes its content, which is not cached.
-    return not re.search(r"^[^/]+/(search|files|file_batches)(/|$)", found["rest"] or "") or "vector" not in path
+    return not (found["noun"].startswith("vector") and _CONTENT.match(found["rest"] or ""))

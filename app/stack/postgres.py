@@ -40,11 +40,15 @@ _ASYNCPG_PARAMETERS = frozenset({
 _SCHEMA_LOCK = 0x63617261_00000001
 _TABLES_LOCK = 0x63617261_00000002
 
+# A turn waits for the registry to be read again, so that a Postgres that does not answer must not hold it for minutes.
+CONNECT_TIMEOUT_SECONDS = 5
+DEFAULT_PORT = "5432"
+
 
 def libpq_parameters(url: URL) -> dict[str, str]:
     """A SQLAlchemy URL as libpq connection parameters (`host`, `port`, `user`, `password`, `dbname`, `sslmode`, …).
 
-    Several hosts, written `?host=a:5432&host=b:5433`, become `host=a,b` and `port=5432,5433`.
+    Several hosts, written `?host=a:5432&host=b:5433`, become `host=a,b` and `port=5432,5433`; without a port, 5432.
     """
     parameters = {
         "host": url.host,
@@ -56,14 +60,27 @@ def libpq_parameters(url: URL) -> dict[str, str]:
     query = {name: (value,) if isinstance(value, str) else value for name, value in url.query.items()}
     parameters |= {name: ",".join(values) for name, values in query.items()}
     if len(hosts := query.get("host", ())) > 1 and "port" not in query:
-        pairs = [host.rpartition(":") if ":" in host else (host, "", "") for host in hosts]
-        parameters |= {"host": ",".join(pair[0] for pair in pairs), "port": ",".join(pair[2] for pair in pairs)}
+        pairs = [_host_and_port(host) for host in hosts]
+        parameters |= {"host": ",".join(host for host, _ in pairs), "port": ",".join(port for _, port in pairs)}
     return {name: value for name, value in parameters.items() if value}
 
 
+def _host_and_port(text: str) -> tuple[str, str]:
+    """`host`, `host:5433`, `[::1]` or `[::1]:5433`; brackets go, since libpq's `host` parameter has none."""
+    host, colon, port = text.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = text, ""
+    return host.strip("[]"), port or DEFAULT_PORT
+
+
 def asyncpg_dsn(parameters: dict[str, str]) -> str:
-    """libpq parameters as the one DSN that asyncpg reads itself, `sslmode` and `sslrootcert` included."""
+    """libpq parameters as the one DSN that asyncpg reads itself, `sslmode` and `sslrootcert` included.
+
+    IPv6 addresses stand in brackets there: asyncpg takes what follows a colon in `host` for the port.
+    """
     known = {name: value for name, value in parameters.items() if name in _ASYNCPG_PARAMETERS}
+    if host := known.get("host"):
+        known["host"] = ",".join(f"[{name}]" if name.count(":") > 1 else name for name in host.split(","))
     return f"postgresql://?{urlencode(known)}"
 
 
@@ -101,8 +118,8 @@ def backends(url: URL, pool_size: int) -> tuple[KeyValueConfig, SqlConfig]:
 
 
 def open_connection(parameters: dict[str, str]) -> psycopg2.extensions.connection:
-    """Raises psycopg2.OperationalError: the server cannot be reached, or refuses."""
-    keywords: dict[str, Any] = {**parameters}
+    """Raises psycopg2.OperationalError: the server cannot be reached (within 5 s, unless set otherwise), or refuses."""
+    keywords: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **parameters}
     return psycopg2.connect(**keywords)
 
 
@@ -244,7 +261,7 @@ def shared_engine(create: Callable[[Any], AsyncEngine]) -> Callable[[Any], Async
 def _engine(config: SqlConfig) -> AsyncEngine:
     return create_async_engine(
         "postgresql+asyncpg://",
-        connect_args={"dsn": asyncpg_dsn(config.parameters)},
+        connect_args={"dsn": asyncpg_dsn(config.parameters), "timeout": CONNECT_TIMEOUT_SECONDS},
         pool_size=config.pool_size,
         max_overflow=0,
         pool_pre_ping=True,

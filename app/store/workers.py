@@ -181,3 +181,7 @@ def forget_dead_workers(connection: Connection) -> int:
 def bump_registry_version(connection: Connection) -> None:
     """Tells every worker, at its next claim, that models, toolgroups, shields or vector stores have changed."""
     connection.execute(update(registry_version).values(version=registry_version.c.version + 1))
+
+
+def registry_version_now(connection: Connection) -> int:
+    return int(connection.execute(select(registry_version.c.version)).scalar_one())

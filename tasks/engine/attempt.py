@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -220,8 +221,9 @@ class Attempt:
             inference.call_ids(messages),
         )
         try:
-            stream: AsyncIterator[Any] = await self._given.stack.inference.openai_chat_completion(request)
-            return await answer.run(stream)
+            stream: AsyncGenerator[Any] = await self._given.stack.inference.openai_chat_completion(request)
+            async with aclosing(stream):
+                return await answer.run(stream)
         except Exception as error:
             logger.warning("the model failed: %s", error)
             raise inference.model_failure(error) from error

@@ -297,6 +297,35 @@ async def test_chat_completions_stream_over_http(settings: Settings) -> None:
         answer = await client.post("/v1/chat/completions", json=request)
         events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
         assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == "Hello there"
+        assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, None, "stop"]
+
+
+async def test_stream_tells_the_usage_where_it_was_asked_for(settings: Settings) -> None:
+    async with web(settings) as (client, _):
+        request = {"model": MODELS[0], "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        answer = await client.post("/v1/chat/completions", json={**request, "stream_options": {"include_usage": True}})
+        *_, last = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert last["choices"] == []
+        assert last["usage"]["total_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_client_that_leaves_a_stream_hangs_up_on_the_model_server(
+    settings: Settings, server: FakeModelServer, path: str, asked: dict[str, Any]
+) -> None:
+    async with web(settings) as (client, _):
+        async with client.stream("POST", path, json={"model": "hangs", "stream": True, **asked}) as answer:
+            async for line in answer.aiter_lines():
+                if "Hello" in line:
+                    break
+        async with asyncio.timeout(1):
+            await server.hung_up.wait()
 
 
 async def test_status_and_message_of_the_model_server_reach_the_client(settings: Settings) -> None:
@@ -333,6 +362,27 @@ async def test_responses_are_served_without_pgvector(settings: Settings, monkeyp
         assert (await client.get("/v1/vector_stores")).status_code == 404
     async with worker(settings) as stack:
         assert stack.vector_io is None
+
+
+async def test_starts_without_the_right_to_install_pgvector(
+    settings: Settings, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    role, password = f"limited_{uuid4().hex[:12]}", "p@ss/:%+w &?#"
+    with administrator(database_url) as cursor:
+        cursor.execute(f"CREATE ROLE {role} LOGIN PASSWORD %s", (password,))
+        cursor.execute(f"GRANT ALL ON SCHEMA public TO {role}")
+    url = make_url(database_url).set(username=role, password=password).render_as_string(hide_password=False)
+    try:
+        async with web(make_settings(url, inference_url=settings.inference_url)) as (client, _):
+            assert (await client.get("/v1/vector_stores")).status_code == 404
+            assert (await client.post("/v1/conversations", json={})).status_code == 200
+            answer = await client.post("/v1/responses", json={"model": MODELS[0], "input": "hi"})
+            assert answer.json()["status"] == "completed"
+        assert [r.name for r in caplog.records if "pgvector" in r.getMessage()] == ["app.stack.postgres"]
+    finally:
+        with administrator(database_url) as cursor:
+            cursor.execute(f"DROP OWNED BY {role} CASCADE")
+            cursor.execute(f"DROP ROLE {role}")
 
 
 async def test_logging_stays_as_it_was(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:

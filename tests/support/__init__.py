@@ -1,15 +1,17 @@
 """What tests of several kinds share: real servers that stand in for the world outside.
 
-Each server is a module that runs by `python -m`, prints one ready line that ends with its URL, and has `/control/`
+Each server is a module that runs by `python -m`, prints one line `ready <its URL>`, and has `/control/`
 routes beside its own. Its class starts it as a subprocess, so that its CPU is not the test's. Nothing here knows a
 test, and nothing here is imported by the product.
 """
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
 CONTROL_SECONDS = 60.0
+PR_SET_PDEATHSIG = 1
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10.0, every: float = 0.01) -> None:
@@ -33,11 +36,31 @@ def wait_until(condition: Callable[[], object], timeout: float = 10.0, every: fl
 
 
 def exit_with_parent() -> None:
-    """Ends this process when its standard input ends, so that a killed test run leaves no server behind."""
+    """Ends this process when its parent does, so that a killed test run leaves no server behind.
+
+    The end of standard input tells, which is the parent's pipe; on Linux its death signal does too, because a process
+    that the parent has forked keeps that pipe open. Call it before any thread starts.
+    """
+    if sys.platform == "linux":
+        _exit_at_parents_death_signal()
 
     def watch() -> None:
         while os.read(0, 1024):
             pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _exit_at_parents_death_signal() -> None:
+    """The signal comes when the *thread* that started this process ends, hence the second look at the parent."""
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            signal.sigwait({signal.SIGUSR1})
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

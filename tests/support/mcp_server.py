@@ -7,17 +7,25 @@
     count(key)              counts a side effect; how often this key has been counted
     big(n)                  n characters
 
-Control: GET /control/calls and /control/counts, POST /control/reset.
+Calls are recorded in a file of JSON lines: one line when a call begins, one with the same `id` when it ends.
+
+Control: GET /control/counts, POST /control/reset.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import os
 import socket
+import tempfile
 import time
+import uuid
+import weakref
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -34,39 +42,56 @@ SECRET_NUMBER = 8_675_309
 class RecordingMCP(FastMCP):
     """FastMCP that records each call of a tool, with its `_meta`, before the tool runs."""
 
-    calls: list[dict[str, Any]]
-    counts: Counter[str]
-
-    def forget(self) -> None:
-        self.calls = []
-        self.counts = Counter()
+    def __init__(self, host: str, calls_file: Path) -> None:
+        super().__init__("tests", host=host, log_level="WARNING")
+        self.counts: Counter[str] = Counter()
+        self._calls_file = calls_file
 
     async def call_tool(self, name: str, arguments: dict[str, Any]) -> Sequence[ContentBlock] | dict[str, Any]:
         meta = self.get_context().request_context.meta
         call = {
+            "id": uuid.uuid4().hex,
             "tool": name,
             "arguments": arguments,
-            "meta": meta.model_dump(exclude_none=True) if meta else {},
+            "_meta": meta.model_dump(exclude_none=True) if meta else {},
             "at": time.time(),
             "ended": None,
         }
-        self.calls.append(call)
+        append_line(self._calls_file, call)
+        ended = "finished"
         try:
-            result = await super().call_tool(name, arguments)
+            return await super().call_tool(name, arguments)
         except asyncio.CancelledError:
-            call["ended"] = "cancelled"
+            ended = "cancelled"
             raise
         except Exception:
-            call["ended"] = "failed"
+            ended = "failed"
             raise
-        call["ended"] = "finished"
-        return result
+        finally:
+            append_line(self._calls_file, {"id": call["id"], "ended": ended})
 
 
-def build(host: str) -> RecordingMCP:
+def append_line(file: Path, value: dict[str, Any]) -> None:
+    """In one write, so that a reader sees whole lines or a last one without its end."""
+    with file.open("ab", buffering=0) as appended:
+        appended.write(json.dumps(value).encode() + b"\n")
+
+
+def read_calls(file: Path) -> list[dict[str, Any]]:
+    """The calls in the order in which they began. The end of a call that a reset has forgotten is ignored."""
+    calls: dict[str, dict[str, Any]] = {}
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        value = json.loads(line)
+        if "tool" in value:
+            calls[value["id"]] = value
+        elif value["id"] in calls:
+            calls[value["id"]] |= value
+    return list(calls.values())
+
+
+def build(host: str, calls_file: Path) -> RecordingMCP:
     """The server with its tools and control routes."""
-    server = RecordingMCP("tests", host=host, log_level="WARNING")
-    server.forget()
+    server = RecordingMCP(host, calls_file)
     _add_tools(server)
     _add_control(server)
     return server
@@ -107,32 +132,36 @@ def _add_tools(server: RecordingMCP) -> None:
 
 
 def _add_control(server: RecordingMCP) -> None:
-    @server.custom_route("/control/calls", methods=["GET"])
-    async def calls(_: Request) -> Response:
-        return JSONResponse(server.calls)
-
     @server.custom_route("/control/counts", methods=["GET"])
     async def counts(_: Request) -> Response:
         return JSONResponse(server.counts)
 
     @server.custom_route("/control/reset", methods=["POST"])
     async def reset(_: Request) -> Response:
-        server.forget()
+        server.counts.clear()
         return JSONResponse(None)
 
 
 class McpServer(ServerProcess):
     """Runs the MCP server in a subprocess: `with McpServer() as mcp: … mcp.url` (it ends in /mcp).
 
-    A kill loses its sessions, and the calls and counts so far.
+    A kill loses its sessions and counts; the calls so far are kept.
     """
 
     module = "tests.support.mcp_server"
 
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        descriptor, name = tempfile.mkstemp(prefix="caravan-mcp-calls-", suffix=".jsonl")
+        os.close(descriptor)
+        super().__init__(port, host, ["--calls", name])
+        self._calls_file = Path(name)
+        weakref.finalize(self, self._calls_file.unlink, missing_ok=True)
+
     def calls(self) -> list[dict[str, Any]]:
-        """Each call of a tool, in order: `tool`, `arguments`, `meta` (the request's `_meta`), `at` (seconds since the
-        epoch) and `ended`: None (still running), finished, failed or cancelled."""
-        return list(self.control("GET", "calls"))
+        """Each call of a tool, in order, also while the server is down: `tool`, `arguments`, `_meta` (the request's),
+        `id`, `at` (seconds since the epoch) and `ended`: None (still running), finished, failed, cancelled or killed.
+        """
+        return read_calls(self._calls_file)
 
     def counts(self) -> dict[str, int]:
         """How often `count` was called with each key."""
@@ -140,20 +169,29 @@ class McpServer(ServerProcess):
 
     def reset(self) -> None:
         """Forgets calls and counts."""
-        self.control("POST", "reset")
+        os.truncate(self._calls_file, 0)
+        if self.pid:
+            self.control("POST", "reset")
+
+    def kill(self) -> None:
+        super().kill()
+        for call in self.calls():
+            if call["ended"] is None:
+                append_line(self._calls_file, {"id": call["id"], "ended": "killed"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="An MCP server with a few tools.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
+    parser.add_argument("--calls", type=Path, default=os.devnull, help="the file of JSON lines that records calls")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
-    app = build(arguments.host).streamable_http_app()
+    app = build(arguments.host, arguments.calls).streamable_http_app()
     listener = socket.create_server((arguments.host, arguments.port), backlog=1024)
-    print(f"MCP server ready on http://{arguments.host}:{listener.getsockname()[1]}/mcp", flush=True)
+    print(f"ready http://{arguments.host}:{listener.getsockname()[1]}/mcp", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 

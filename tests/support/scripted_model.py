@@ -31,8 +31,8 @@ first assistant message after the user's; those after it script the second, and 
 follow the user's say how far a turn has got. `CALL add {"a":1,"b":2} | DELAY 50 | SAY three` is a turn of two steps.
 
 Where a script ends and nothing has been said: `The tool said: <result>`, word by word, if the last message is a
-tool's; else `The script is over.` A script that ends after a PART ends the message (stop). Text without any command
-is echoed: `You said: <text>`.
+tool's; else `The script is over.` A script that ends after a PART ends the message (stop). SAY and LENGTH without
+words make an empty message. Text without any command is echoed: `You said: <text>`.
 
 HTTP headers are sent with the first chunk, so DELAY, HOLD and HANG hold them back too, unless a PART goes before.
 Requests with `stream` false get the whole message. `stream_options.include_usage` adds the usage chunk. Any model id
@@ -238,6 +238,8 @@ class StreamedAnswer(Answer):
         self._begun = False
 
     async def say(self, pieces: Sequence[str]) -> None:
+        if not pieces:
+            return
         self.pieces_said += len(pieces)
         await self._send_deltas([b'"content":' + encode_json(piece).encode() for piece in pieces])
 
@@ -645,8 +647,9 @@ class Connection(asyncio.Protocol):
 
     async def _complete(self, request: Request) -> None:
         body = _json_body(request)
-        if not isinstance(body.get("messages"), list):
-            raise Failed(400, "messages must be a list")
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+            raise Failed(400, "messages must be a list of objects with a role")
         record = Record(_recorded(request.headers), request.body)
         self.model.records.append(record)
         self.model.open_streams += 1
@@ -745,7 +748,7 @@ async def serve(host: str, port: int, model_ids: Sequence[str]) -> None:
     server = await loop.create_server(lambda: Connection(model), host, port, family=socket.AF_INET, backlog=4096)
     async with server:
         bound = server.sockets[0].getsockname()[1]
-        print(f"scripted model ready on http://{host}:{bound}/v1", flush=True)
+        print(f"ready http://{host}:{bound}/v1", flush=True)
         await server.serve_forever()
 
 

@@ -24,12 +24,12 @@ def content(text: str, finish_reason: str | None = None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-async def chunks_of(*blocks: bytes) -> list[Any]:
+async def chunks_of(*blocks: bytes, include_usage: bool = False) -> list[Any]:
     async def stream() -> AsyncIterator[bytes]:
         for block in blocks:
             yield block
 
-    return [chunk async for chunk in read_chunks(stream())]
+    return [chunk async for chunk in read_chunks(stream(), include_usage=include_usage)]
 
 
 def text_of(chunks: list[Any]) -> str:
@@ -65,15 +65,26 @@ async def test_tool_calls_keep_index_id_name_and_arguments() -> None:
     ]
 
 
-async def test_chunk_without_choices_is_dropped_unless_it_tells_the_usage() -> None:
+@pytest.mark.parametrize("include_usage", [False, True])
+async def test_chunk_without_choices_is_dropped_unless_it_tells_the_usage_that_was_asked_for(
+    include_usage: bool,
+) -> None:
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     chunks = await chunks_of(
-        event(choices=[], prompt_filter_results=[]), content("x", "length"), event(choices=[], usage=usage), DONE
+        event(choices=[], prompt_filter_results=[]),
+        content("x", "length"),
+        event(choices=None, usage=usage),
+        DONE,
+        include_usage=include_usage,
     )
-    assert len(chunks) == 2
-    assert chunks[1].usage.total_tokens == 3
-    # The converter takes the last chunk's finish reason, and would take none for "stop".
-    assert chunks[1].choices[0].finish_reason == "length"
+    assert [len(chunk.choices) for chunk in chunks] == ([1, 0] if include_usage else [1])
+    assert not include_usage or chunks[-1].usage.total_tokens == 3
+
+
+async def test_usage_in_a_chunk_with_choices_stays() -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    last = event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}], usage=usage)
+    assert (await chunks_of(last, DONE))[0].usage.total_tokens == 3
 
 
 async def test_missing_and_null_fields_do_no_harm() -> None:

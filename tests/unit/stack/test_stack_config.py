@@ -45,7 +45,7 @@ def settings(**values: Any) -> Settings:
             },
         ),
         ("postgresql://u@/n?host=a:1&host=b:2", {"host": "a,b", "port": "1,2", "user": "u", "dbname": "n"}),
-        ("postgresql+psycopg2://u@[::1]:5/n", {"host": "::1", "port": "5", "user": "u", "dbname": "n"}),
+        ("postgresql://u@/n?host=a&host=b:2", {"host": "a,b", "port": "5432,2", "user": "u", "dbname": "n"}),
     ],
 )
 def test_url_becomes_the_same_parameters_for_both_drivers(url: str, parameters: dict[str, str]) -> None:
@@ -53,6 +53,22 @@ def test_url_becomes_the_same_parameters_for_both_drivers(url: str, parameters: 
     assert found == parameters
     assert parse_dsn(make_dsn(**found)) == parameters
     assert {name: values[0] for name, values in parse_qs(urlsplit(asyncpg_dsn(found)).query).items()} == parameters
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "asyncpg_host"),
+    [
+        ("postgresql+psycopg2://u@[::1]:5/n", "::1", "5", "[::1]"),
+        ("postgresql://u@[fe80::1]/n", "fe80::1", None, "[fe80::1]"),
+        ("postgresql://u@/n?host=[::1]:3&host=[::2]", "::1,::2", "3,5432", "[::1],[::2]"),
+    ],
+)
+def test_ipv6_addresses_stand_in_brackets_for_asyncpg_only(
+    url: str, host: str, port: str | None, asyncpg_host: str
+) -> None:
+    found = libpq_parameters(make_url(url))
+    assert (found["host"], found.get("port")) == (host, port)
+    assert parse_qs(urlsplit(asyncpg_dsn(found)).query)["host"] == [asyncpg_host]
 
 
 def test_asyncpg_is_not_given_parameters_that_it_would_send_to_the_server() -> None:
@@ -151,9 +167,18 @@ def test_unreachable_postgres_is_one_clear_line_without_the_password() -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_files_are_kept_in_the_data_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", "/data")
-    assert files_folder() == Path("/data/caravan/files")
+@pytest.mark.parametrize(
+    ("data_home", "folder"),
+    [
+        ("/data", "/data/caravan/files"),
+        ("relative", "/me/.local/share/caravan/files"),
+        ("", "/me/.local/share/caravan/files"),
+    ],
+)
+def test_files_are_kept_in_the_data_home(monkeypatch: pytest.MonkeyPatch, data_home: str, folder: str) -> None:
+    monkeypatch.setenv("HOME", "/me")
+    monkeypatch.setenv("XDG_DATA_HOME", data_home)
+    assert files_folder() == Path(folder)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +196,8 @@ def test_files_are_kept_in_the_data_home(monkeypatch: pytest.MonkeyPatch) -> Non
         ("POST", "/v1/scoring-functions", True),
         ("POST", "/v1/vector_stores/vs_1/search", False),
         ("POST", "/v1/vector_stores/vs_1/files", False),
+        ("POST", "/v1/vector_stores/vs_1", True),
+        ("DELETE", "/v1/models/my-vector/files", True),
         ("GET", "/v1/models", False),
         ("POST", "/v1/chat/completions", False),
         ("POST", "/v1/modelsque", False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from mcp import ClientSession
@@ -12,7 +13,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, TextContent
 
 from tests.support import wait_until
-from tests.support.mcp_server import SECRET_NUMBER, McpServer
+from tests.support.mcp_server import SECRET_NUMBER, McpServer, append_line, read_calls
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,8 @@ async def test_calls_are_recorded_with_their_meta(mcp: McpServer) -> None:
     assert mcp.counts() == {"a": 2}
     first, second, third = mcp.calls()
     assert (first["tool"], first["arguments"], first["ended"]) == ("count", {"key": "a"}, "finished")
-    assert first["meta"]["caravan/call"] == "t1-0"
-    assert "caravan/call" not in second["meta"]
+    assert first["_meta"]["caravan/call"] == "t1-0"
+    assert "caravan/call" not in second["_meta"]
     assert third["ended"] == "failed"
     mcp.reset()
     assert (mcp.calls(), mcp.counts()) == ([], {})
@@ -79,9 +80,30 @@ async def test_a_call_is_seen_while_it_runs(mcp: McpServer) -> None:
         running.cancel()
 
 
-async def test_it_comes_back_on_its_port(mcp: McpServer) -> None:
+async def test_it_comes_back_on_its_port_and_keeps_its_calls(mcp: McpServer) -> None:
     url = mcp.url
+    async with session(mcp) as client:
+        await client.call_tool("count", {"key": "a"})
+    mcp.kill()
+    assert [call["tool"] for call in mcp.calls()] == ["count"]
     mcp.restart()
-    assert mcp.url == url
+    assert (mcp.url, mcp.counts()) == (url, {})
     async with session(mcp) as client:
         assert text(await client.call_tool("add", {"a": 2, "b": 2})) == "4"
+    assert [(call["tool"], call["ended"]) for call in mcp.calls()] == [("count", "finished"), ("add", "finished")]
+
+
+def test_calls_are_read_from_lines(tmp_path: Path) -> None:
+    file = tmp_path / "calls.jsonl"
+    file.write_bytes(b"")
+    assert read_calls(file) == []
+    append_line(file, {"id": "forgotten", "ended": "finished"})
+    append_line(file, {"id": "1", "tool": "slow", "ended": None})
+    append_line(file, {"id": "2", "tool": "add", "ended": None})
+    append_line(file, {"id": "1", "ended": "killed"})
+    with file.open("ab") as half:
+        half.write(b'{"id": "2", "ended": "fini')
+    assert read_calls(file) == [
+        {"id": "1", "tool": "slow", "ended": "killed"},
+        {"id": "2", "tool": "add", "ended": None},
+    ]

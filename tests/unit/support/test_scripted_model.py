@@ -185,6 +185,13 @@ async def test_length_ends_for_lack_of_tokens(client: openai.AsyncOpenAI) -> Non
     assert (await stream(client, user("LENGTH too long"))).reasons == ["length"]
 
 
+@pytest.mark.parametrize(("script", "reason"), [("SAY", "stop"), ("LENGTH", "length"), ("CHUNKS 0", "stop")])
+async def test_a_message_may_be_empty(client: openai.AsyncOpenAI, script: str, reason: str) -> None:
+    assert await stream(client, user(script)) == Streamed([], [], [reason], [])
+    [choice] = (await whole(client, user(script))).choices
+    assert (choice.message.content, choice.finish_reason) == ("", reason)
+
+
 async def test_unicode_survives(client: openai.AsyncOpenAI) -> None:
     assert (await stream(client, user("UNICODE"))).pieces == list(UNICODE_PIECES)
 
@@ -379,7 +386,7 @@ def test_texts_that_share_words_are_near() -> None:
 
 def test_what_is_no_route_or_no_json_is_refused(model: ScriptedModel) -> None:
     assert httpx.get(f"{model.url}/nothing").status_code == 404
-    for body in ("{", "[]", "{}"):
+    for body in ("{", "[]", "{}", '{"messages":[{"content":"no role"}]}', '{"messages":["SAY a"]}'):
         assert httpx.post(f"{model.url}/chat/completions", content=body).status_code == 400
     assert model.requests() == []
 

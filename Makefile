@@ -1,0 +1,41 @@
+# Everything a developer runs. Needs make, pip and some Python 3; `make setup` finds Python 3.12 or 3.13 by itself.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test lint format bench lock clean
+
+BIN := .venv/bin
+# A Python that a version manager or another environment put into this shell must not leak into ours.
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## Set up what is missing (.tools with uv, .venv with the locked packages)
+	@.ci/setup
+
+demo: setup  ## Start everything embedded, run one turn of a real model, stop it all
+	@$(BIN)/caravan demo
+
+up: setup  ## Start everything embedded for development; Ctrl-C stops it
+	@$(BIN)/caravan up
+
+lint: setup  ## Lint, formatting, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## Every check and every test
+	$(BIN)/python -m pytest
+
+format: setup  ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## The benchmarks
+	$(BIN)/python -m tests.benchmarks
+
+lock:  ## Write the lock files anew from pyproject.toml
+	@.ci/lock
+
+clean:  ## Remove what setup and the tools made (data of `caravan up` stay)
+	rm -rf .venv .tools .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

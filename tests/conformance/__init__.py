@@ -1,0 +1,1 @@
+"""Our engine beside llama_stack 0.3.5's `ChatAgent`: the same scripts, event by event."""

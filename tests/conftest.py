@@ -1,0 +1,109 @@
+"""Real servers for every test: Postgres, Valkey, the scripted model, and our own processes. None is ever skipped."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from app.local.postgres import Postgres
+from app.local.valkey import Valkey
+from app.store import migrate
+from tests.support.scripted_model import ScriptedModel
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server_directory() -> Iterator[Path]:
+    """A folder that all may enter: as root, Postgres runs as an account of its own, and pytest's folders are private."""
+    with tempfile.TemporaryDirectory(prefix="caravan-tests-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def postgres(server_directory: Path) -> Iterator[Postgres]:
+    with Postgres(server_directory / "postgres") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def empty_database(postgres: Postgres) -> Iterator[str]:
+    """A database without a schema, for whoever migrates."""
+    yield create_database(postgres.url, "empty")
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: Postgres) -> str:
+    """A migrated database of this session's own."""
+    url = create_database(postgres.url, "caravan_tests")
+    migrate.upgrade(make_url(url).set(drivername="postgresql+psycopg2"))
+    return url
+
+
+def create_database(server_url: str, name: str) -> str:
+    """Creates a database; gives its URL."""
+    url = make_url(server_url).set(drivername="postgresql+psycopg2")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+        connection.execute(text(f'CREATE DATABASE "{name}"'))
+    engine.dispose()
+    return url.set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with Valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url(valkey: Valkey) -> str:
+    return valkey.url
+
+
+@pytest.fixture(scope="session")
+def scripted_model() -> Iterator[ScriptedModel]:
+    with ScriptedModel() as server:
+        yield server
+
+
+@pytest.fixture
+def model(scripted_model: ScriptedModel) -> ScriptedModel:
+    """The scripted model, with nothing remembered of earlier tests."""
+    scripted_model.reset()
+    return scripted_model
+
+
+@pytest.fixture(scope="session")
+def environment(postgres_url: str, redis_url: str, scripted_model: ScriptedModel, data_home: Path) -> dict[str, str]:
+    """The settings of processes under test: short leases, so that recovery is quick."""
+    return {
+        "DATABASE_URL": postgres_url,
+        "REDIS_URL": redis_url,
+        "INFERENCE_URL": scripted_model.url,
+        "INFERENCE_MODEL": "scripted,second-model",
+        "LEASE_SECONDS": "2",
+        "HEARTBEAT_SECONDS": "0.5",
+        "UPKEEP_SECONDS": "0.5",
+        "SILENCE_SECONDS": "1",
+        "DRAIN_SECONDS": "2",
+        "XDG_DATA_HOME": str(data_home),
+    }
+
+
+@pytest.fixture(scope="session")
+def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")

@@ -1,0 +1,1 @@
+"""The event log against a real Valkey: writer, log, followers, and their outages."""

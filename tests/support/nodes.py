@@ -1,0 +1,197 @@
+"""pytest-celery nodes that wrap local processes: its containers need Docker, its nodes do not.
+
+`worker_node` gives a `CeleryTestWorker` whose `kill`, `restart`, `logs` and `ready` act on a `celery -A tasks worker`
+process, started as README shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+from celery import Celery
+from pytest_celery import CeleryTestContainer, CeleryTestWorker
+
+from tests.support import wait_until
+
+ROOT = Path(__file__).parents[2]
+TURN_POOL = ("-P", "custom", "--autoscale=500,10")
+PREFORK = ("--autoscale=8,2",)
+READY_SECONDS = 60
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Process:
+    """A process of its own group, its output in a file; started from the repository's root."""
+
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, ready_prompt: str) -> None:
+        self.name = name
+        self.command = [sys.executable, "-m", *command]
+        self.env = {**os.environ, **env}
+        self.log = log
+        self.ready_prompt = ready_prompt
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        self._from = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=self.env,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509
+            )
+
+    def output(self) -> str:
+        """What it has printed since its last start."""
+        return self.log.read_bytes()[self._from :].decode(errors="replace") if self.log.exists() else ""
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait_ready(self) -> None:
+        def ready() -> bool:
+            if not self.running():
+                raise AssertionError(f"{self.name} ended while starting:\n{self.output()}")
+            return self.ready_prompt in self.output()
+
+        try:
+            wait_until(ready, READY_SECONDS)
+        except TimeoutError:
+            raise AssertionError(f"{self.name} was not ready in {READY_SECONDS} s:\n{self.output()}") from None
+
+    def signal(self, number: int) -> None:
+        """Signals the process itself, not its children."""
+        os.kill(self.pid, number)
+
+    def kill_all(self) -> None:
+        """SIGKILL for the process and all its children at once."""
+        if self._process is not None:
+            for process in [*psutil.Process(self.pid).children(recursive=True)] if self.running() else []:
+                process.kill()
+            self._process.kill()
+            self._process.wait()
+
+    def children(self) -> list[int]:
+        return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+
+    def wait_ended(self, timeout: float = 30) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def stop(self, timeout: float = 30) -> None:
+        """SIGTERM, then SIGKILL to all that is left."""
+        if self._process is None or not self.running():
+            return
+        children = psutil.Process(self.pid).children(recursive=True)
+        self._process.terminate()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+class ProcessContainer(CeleryTestContainer):
+    """What `CeleryTestNode` asks of a container, done with a process."""
+
+    def __init__(self, process: Process, broker_url: str) -> None:
+        self._process = process
+        self._broker_url = broker_url
+
+    @property
+    def process(self) -> Process:
+        return self._process
+
+    @property
+    def name(self) -> str:
+        return self._process.name
+
+    @property
+    def id(self) -> str:
+        return f"{self._process.pid:012d}"
+
+    @property
+    def status(self) -> str:
+        return "running" if self._process.running() else "exited"
+
+    @property
+    def celeryconfig(self) -> dict[str, Any]:
+        return {"url": self._broker_url, "host_url": self._broker_url}
+
+    @property
+    def ready_prompt(self) -> str:
+        return self._process.ready_prompt
+
+    def ready(self) -> bool:
+        self._process.wait_ready()
+        return True
+
+    def logs(self) -> str:
+        return self._process.output()
+
+    def kill(self, signal: str | int = "SIGKILL") -> None:
+        if signal == "SIGKILL":
+            self._process.kill_all()
+        else:
+            self._process.signal(getattr(__import__("signal"), signal) if isinstance(signal, str) else signal)
+            self._process.wait_ended()
+
+    def reload(self, attrs: Any = None) -> None:
+        """A process has no cached state to load again."""
+
+    def restart(self, timeout: int = 30) -> None:
+        self._process.stop(timeout)
+        self._process.start()
+        self._process.wait_ready()
+
+    def teardown(self) -> None:
+        self._process.stop()
+
+
+def worker_node(
+    pool: Sequence[str], env: Mapping[str, str], log: Path, app: Celery, *, name: str = "worker"
+) -> CeleryTestWorker:
+    """A worker with the given pool's options, started; wait for it with `node.ready()`."""
+    custom = {"CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TurnPool"} if "custom" in pool else {}
+    command = ["celery", "-A", "tasks", "worker", *pool, "-l", "info", "-n", f"{name}@%h"]
+    process = Process(name, command, {**env, **custom}, log, "ready.")
+    process.start()
+    return CeleryTestWorker(ProcessContainer(process, env["REDIS_URL"]), app)
+
+
+def wait_for_children(process: Process, count: int, timeout: float = READY_SECONDS) -> None:
+    """Waits until a prefork worker has so many children that are ready."""
+    deadline = time.monotonic() + timeout
+    wait_until(lambda: process.output().count("is ready") >= count, max(0.1, deadline - time.monotonic()))
