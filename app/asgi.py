@@ -1,4 +1,4 @@
-"""Builds the web application: settings, lifespan, middleware, our routes, and the Llama Stack's own routes behind them."""
+"""Builds the web application: lifespan, middleware, our routes, and the Llama Stack's own routes behind them."""
 
 from __future__ import annotations
 

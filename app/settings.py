@@ -33,7 +33,8 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr = Field(
         default=SecretStr("redis://127.0.0.1:6379/0"),
-        description="Redis or Valkey for live events: `redis://`, `rediss://` (TLS) or `unix://`, with `user:password@`.",
+        description="Redis or Valkey for live events: `redis://`, `rediss://` (TLS) or "
+        "`unix://`, with `user:password@`.",
     )
     celery_broker_url: SecretStr | None = Field(
         default=None, description="Celery's broker. Empty: the same as `REDIS_URL`."

@@ -15,7 +15,7 @@ import time
 from app.domain.errors import Unavailable
 from app.endings import Endings
 from app.settings import Settings
-from app.store import agents, workers
+from app.store import Connection, agents, workers
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class Upkeep(threading.Thread):
                 logger.warning("turn %s lost its worker and has ended", turn_id)
                 self._endings.announce([ended])
 
-    def _mark_dead_unless_slow(self, connection: workers.Connection, started: float) -> int:
-        """A reap whose own statement was slow is rolled back: the leases may have been renewed behind the same delay."""
+    def _mark_dead_unless_slow(self, connection: Connection, started: float) -> int:
+        """A reap whose own statement was slow is rolled back: leases may have been renewed behind the same delay."""
         dead = workers.mark_dead(connection, self._settings.lease_seconds)
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             raise Unavailable("Postgres answers slowly, so nobody is taken for dead")

@@ -11,7 +11,7 @@ from celery import Celery, signals
 from app import settings
 from app.telemetry import configure_logging
 
-# The child's own deadline for coming up counts from its fork; importing the Llama Stack before it is safe and saves time.
+# Read by llama_stack when it is imported: its own loggers print nothing below a warning.
 os.environ.setdefault("LLAMA_STACK_LOGGING", "all=warning")
 
 celery = Celery("tasks")

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Lease(threading.Thread):
-    """`on_cancel` gets the turns that are to be stopped, `on_lost` is called when the lease was lost; both on the loop."""
+    """`on_cancel` gets the turns to be stopped, `on_lost` is called when the lease was lost; both on the loop."""
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from tasks import runtime
 class TurnPool(BasePool):
     """Runs up to `limit` turns at once in this process."""
 
+    limit: int
     body_can_be_buffer = True
     signal_safe = False
     task_join_will_block = False

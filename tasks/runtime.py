@@ -67,7 +67,7 @@ class Runtime:
         self._touching = asyncio.create_task(self._touch(), name="touch")
 
     def run(self, turn_id: str) -> str:
-        """Runs a turn if it can be claimed, and waits for it; the result says how that went, for the task's log line."""
+        """Runs a turn if it can be claimed, and waits for it; gives how that went, for the task's log line."""
         thread = threading.get_native_id()
         self._waiting[thread] = turn_id
         try:

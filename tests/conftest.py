@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def server_directory() -> Iterator[Path]:
-    """A folder that all may enter: as root, Postgres runs as an account of its own, and pytest's folders are private."""
+    """A folder that all may enter: as root, Postgres has an account of its own; pytest's folders are private."""
     with tempfile.TemporaryDirectory(prefix="caravan-tests-") as directory:
         Path(directory).chmod(0o755)
         yield Path(directory)
@@ -39,9 +39,9 @@ def postgres(server_directory: Path) -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
-def empty_database(postgres: Postgres) -> Iterator[str]:
+def empty_database(postgres: Postgres) -> str:
     """A database without a schema, for whoever migrates."""
-    yield create_database(postgres.url, "empty")
+    return create_database(postgres.url, "empty")
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def split_calls(config: AgentConfig, message: CompletionMessage) -> tuple[list[T
 
 
 def _settle(message: CompletionMessage, stop_reason: StopReason) -> Finish:
-    """Ends a turn that ran out of iterations or tokens: nobody will run the calls that are left, so none are asked for."""
+    """Ends a turn that ran out of iterations or tokens: nobody will run the calls that are left."""
     return Finish(message.model_copy(update={"tool_calls": [], "stop_reason": stop_reason}, deep=True))
 
 

@@ -44,7 +44,7 @@ class Unavailable(CaravanError):
 
 
 class AttemptLost(CaravanError):
-    """This worker no longer owns the turn: somebody claimed, requeued or ended it. Final for the attempt, not the turn."""
+    """This worker owns the turn no longer: somebody claimed, requeued or ended it. Only the attempt is over."""
 
 
 class TurnFailure(CaravanError):

@@ -11,7 +11,7 @@ class TurnStatus(StrEnum):
     QUEUED = "queued"
     """Waits for a worker. In: created, resumed, handed over or taken from a lost worker. Out: claimed, or ended."""
     RUNNING = "running"
-    """A worker owns it. In: claimed. Out: awaits input, ended by its owner, or back to queued when that worker is lost."""
+    """A worker owns it. In: claimed. Out: awaits input, ended by its owner, or queued again if its worker is lost."""
     AWAITING_INPUT = "awaiting_input"
     """Waits for a client's tool responses. In: from running. Out: resumed (queued), cancelled or failed."""
     COMPLETED = "completed"

@@ -1,12 +1,13 @@
 """The log of a turn in Redis: every key, every script.
 
-| key | type | content | time to live |
-|---|---|---|---|
-| `caravan:{turn}:log` | hash | `fence` that may append; `lf`, `ln`: fence and number of the last event | `TTL_SECONDS`, refreshed by each append and heartbeat; `ENDED_TTL_SECONDS` once the turn has ended |
-| `caravan:{turn}:tail` | stream | events since the last recorded segment; entry id = event id; `a`: the id that it follows, `k`: kind, `d`: data | the same |
-| `caravan:{turn}` | channel | batches of events, one `after id kind data` a line | |
+`caravan:{turn}:log`, a hash: `fence`, the attempt that may append; `lf` and `ln`, fence and number of the last event.
+`caravan:{turn}:tail`, a stream: the events since the last recorded segment; an entry's id is the event's, `a` the id
+that it follows, `k` its kind, `d` its data.
+`caravan:{turn}`, a channel: batches of events, one `after id kind data` a line.
 
-The hash tag puts a turn's keys in one slot of a cluster. Run Redis with `maxmemory-policy noeviction`.
+Both keys live for `TTL_SECONDS` from the last append (a worker also refreshes those of its silent turns), and for
+`ENDED_TTL_SECONDS` once the turn has ended. The hash tag puts a turn's keys in one slot of a cluster.
+Run Redis with `maxmemory-policy noeviction`.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class SyncLog:
     def raise_fence(self, turn_id: str, fence: int, last: EventId) -> list[Event] | None:
         """The events after `last` that a dead attempt left; None: Redis is down, or knows nothing of the turn."""
         try:
-            arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
+            arguments: list[str | int] = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
             return _raised(self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
         except RedisError:
             return None

@@ -181,7 +181,9 @@ def _ensure_account(account: str) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        raise LocalError(f"Postgres does not run as root, and the account {account} cannot be added: {reason}") from None
+        raise LocalError(
+            f"Postgres does not run as root, and the account {account} cannot be added: {reason}"
+        ) from None
 
 
 def _require_way_in(directory: Path) -> None:

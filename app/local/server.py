@@ -181,10 +181,15 @@ class Server(ABC):
     def kill(self) -> None:
         """An outage: ends it and its group at once; nothing to do if it is down."""
         if process := self._process:
+            self.hurry()
+            process.wait()
             self._process = None
+
+    def hurry(self) -> None:
+        """Kills the process that another thread's `stop` waits for."""
+        if process := self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
     def restart(self) -> None:
         """Comes up again under the same URL, after a kill or instead of one."""

@@ -4,6 +4,8 @@ Knows nothing of Redis. Every method is synchronous (psycopg2) and one transacti
 `Store.run`, whose threads are as many as the pool has connections.
 """
 
+from sqlalchemy import Connection
+
 from app.store.store import Store
 
-__all__ = ["Store"]
+__all__ = ["Connection", "Store"]

@@ -64,7 +64,7 @@ class Store:
     def _uncommitted(
         self, connection: Connection, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """A pooled connection that died unseen shows only now; nothing is committed yet, so all of it can be done again.
+        """A pooled connection that died unseen shows only now: nothing is committed, all of it can be done again.
 
         That happens once: the first such connection empties the pool.
         """

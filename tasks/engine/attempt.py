@@ -258,7 +258,7 @@ class Attempt:
             await asyncio.gather(*running.values(), return_exceptions=True)
 
     def _to_start(self, ordinal: int, index: int) -> bool:
-        """Whether a call must be noted as made by this attempt: it was in flight when its worker died, and is repeated."""
+        """Whether to note a call as made by this attempt: it was in flight when its worker died, and is repeated."""
         entry = self._claim.ledger.get((ordinal, index))
         return entry is not None and entry.result is None and self._repeatable(ordinal, index)
 

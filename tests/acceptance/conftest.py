@@ -73,7 +73,7 @@ class Agent:
 
     def __init__(self, client: LlamaStackClient, **config: Any) -> None:
         self.client = client
-        fields = {"model": "scripted", "instructions": "You are helpful", **config}
+        fields: Any = {"model": "scripted", "instructions": "You are helpful", **config}
         self.agent_id = client.alpha.agents.create(agent_config=fields).agent_id
         self.session_id = client.alpha.agents.session.create(self.agent_id, session_name="test").session_id
 

@@ -59,7 +59,7 @@ def test_a_deleted_session_is_gone_at_once(make_agent: AgentMaker) -> None:
 
 
 def test_deleting_an_agent_ends_the_streams_of_its_turns(make_agent: AgentMaker, model: Any) -> None:
-    """A turn that runs when its agent is deleted is cancelled: its stream ends with an error, its model call is closed."""
+    """A running turn is cancelled with its agent: its stream ends with an error, its model call is closed."""
     agent = make_agent()
     with httpx.stream(
         "POST",

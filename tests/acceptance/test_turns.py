@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from llama_stack_client import APIStatusError, Agent, AgentEventLogger, ConflictError
+from llama_stack_client import Agent, AgentEventLogger, APIStatusError, ConflictError
 
 from tests.acceptance.conftest import AgentMaker, Caravan
 from tests.support import wait_until
@@ -81,7 +81,7 @@ def test_a_client_tool_awaits_input_and_is_resumed(make_agent: AgentMaker) -> No
     assert kinds(first)[-2:] == ["step_complete", "turn_awaiting_input"]
     asked = first[-1].event.payload.turn
     call = asked.output_message.tool_calls[0]
-    resumed = list(
+    resumed: list[Any] = list(
         agent.client.alpha.agents.turn.resume(
             asked.turn_id,
             agent_id=agent.agent_id,
@@ -95,7 +95,7 @@ def test_a_client_tool_awaits_input_and_is_resumed(make_agent: AgentMaker) -> No
     assert turn.output_message.content == "The tool said: -100 "
     assert [step.step_type for step in turn.steps] == ["inference", "tool_execution", "inference"]
     assert len({step.step_id for step in turn.steps}) == 3
-    again = {"tool_responses": [{"call_id": call.call_id, "tool_name": call.tool_name, "content": "x"}]}
+    again: Any = {"tool_responses": [{"call_id": call.call_id, "tool_name": call.tool_name, "content": "x"}]}
     with pytest.raises(ConflictError):
         agent.client.alpha.agents.turn.resume(
             asked.turn_id, agent_id=agent.agent_id, session_id=agent.session_id, **again
@@ -106,8 +106,8 @@ def test_tool_responses_must_answer_the_calls(make_agent: AgentMaker) -> None:
     """A resume that answers other calls than were asked is 400, names them, and loses nothing."""
     agent = make_agent(client_tools=[BOILING_POINT])
     asked = agent.turn('CALL get_boiling_point {"liquid": "x"}')[-1].event.payload.turn
-    resume = agent.client.alpha.agents.turn.resume
-    where = {"agent_id": agent.agent_id, "session_id": agent.session_id}
+    resume: Any = agent.client.alpha.agents.turn.resume
+    where: dict[str, Any] = {"agent_id": agent.agent_id, "session_id": agent.session_id}
     with pytest.raises(APIStatusError, match="call_id") as refused:
         resume(asked.turn_id, **where, tool_responses=[{"call_id": "other", "tool_name": "x", "content": ""}])
     assert refused.value.status_code == 400

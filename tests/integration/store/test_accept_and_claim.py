@@ -79,9 +79,7 @@ def test_of_concurrent_claims_exactly_one_wins(seeds: Seeds) -> None:
     with ThreadPoolExecutor(len(workers)) as pool:
         won = [one for one in pool.map(claim, workers) if one is not None]
     assert [one.fence for one in won] == [1]
-    assert seeds.column(turn_id, "worker_id") == uuid.UUID(won[0].worker_id) or str(
-        seeds.column(turn_id, "worker_id")
-    ) == won[0].worker_id
+    assert str(seeds.column(turn_id, "worker_id")) == won[0].worker_id
 
 
 def test_concurrent_claims_of_two_turns_of_one_session_give_one(seeds: Seeds) -> None:
@@ -201,10 +199,10 @@ def test_a_cancel_request_survives_a_hand_over(seeds: Seeds) -> None:
     claim = seeds.claimed()
     assert seeds.store.transact(turns.request_cancel, claim.turn_id) == TurnStatus.RUNNING
     seeds.store.transact(claims.hand_over, claim, [])
-    again = seeds.claim(claim.turn_id)
+    seeds.claim(claim.turn_id)
     cancelled = seeds.row(claim.turn_id).status == TurnStatus.CANCELLED
     still_asked = seeds.column(claim.turn_id, "cancel_requested_at") is not None
-    assert cancelled or still_asked, f"the request is gone, and the turn runs on: {again}"
+    assert cancelled or still_asked, "the request is forgotten, and the turn runs on"
 
 
 def test_standings_and_segments_read_what_was_recorded(seeds: Seeds) -> None:

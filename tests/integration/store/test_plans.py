@@ -1,0 +1,156 @@
+"""The hot statements use their indexes: no sequential scan over what grows.
+
+Plans are made with `enable_seqscan` off, so that a sequential scan means that no index would do, however few rows the
+other tests have left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event, text
+
+from app.store import Store, claims, turns, workers
+from tests.integration.store.seeds import Seeds, next_event
+
+ROWS = 3000
+GROWING = {"turns", "event_segments", "journal", "tool_calls", "sessions", "agents"}
+
+
+@pytest.fixture(scope="module")
+def crowded(store: Store) -> Iterator[Seeds]:
+    """Thousands of ended turns with a segment and a step each, in sessions of ten; one turn of each other status."""
+    seeds = Seeds(store)
+    session_id = seeds.session()
+    with store.engine.begin() as connection:
+        for statement in (
+            """INSERT INTO sessions (session_id, agent_id, owner, name, next_number)
+               SELECT gen_random_uuid(), agent_id, owner, 'bulk', 11 FROM sessions, generate_series(1, :rows / 10)
+               WHERE session_id = :session""",
+            """INSERT INTO turns (turn_id, session_id, owner, number, status, request, tool_responses, queued_at, last_n)
+               SELECT gen_random_uuid(), session_id, owner, number, 'completed', '{}', '{}', now(), 1
+               FROM sessions, generate_series(1, 10) number WHERE name = 'bulk'""",
+            """INSERT INTO event_segments SELECT turn_id, 1, n, '' FROM turns, generate_series(1, 2) n
+               WHERE last_n = 1 AND fence = 0""",
+            """INSERT INTO journal SELECT turn_id, 0, gen_random_uuid(), '{}' FROM turns
+               WHERE last_n = 1 AND fence = 0""",
+            "INSERT INTO tool_calls SELECT turn_id, 0, 0, 1 FROM turns WHERE last_n = 1 AND fence = 0",
+        ):
+            connection.execute(text(statement), {"rows": ROWS, "session": session_id})
+    analyze(store)
+    yield seeds
+    with store.engine.begin() as connection:
+        connection.execute(text("DELETE FROM sessions WHERE name = 'bulk'"))
+
+
+def analyze(store: Store) -> None:
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))
+
+
+def plans(store: Store, query: Callable[[Connection], Any]) -> list[str]:
+    """The plan of each statement that `query` sends, rolled back."""
+    found: list[str] = []
+    with store.engine.connect() as connection:
+        asking = False
+        connection.execute(text("SET LOCAL enable_seqscan = off"))
+
+        def explain(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: Any) -> None:
+            nonlocal asking
+            if asking:
+                return
+            asking = True
+            with conn.connection.dbapi_connection.cursor() as own:
+                own.execute("EXPLAIN " + statement, parameters)
+                found.append("\n".join(row[0] for row in own.fetchall()))
+            asking = False
+
+        event.listen(connection, "before_cursor_execute", explain)
+        query(connection)
+        connection.rollback()
+    return found
+
+
+def scanned(plan: str) -> set[str]:
+    """The growing tables that a plan reads from end to end."""
+    scans = {line.split("Seq Scan on ")[1].split()[0] for line in plan.splitlines() if "Seq Scan on " in line}
+    return scans & GROWING
+
+
+def assert_indexed(store: Store, query: Callable[[Connection], Any]) -> list[str]:
+    found = plans(store, query)
+    assert found
+    for plan in found:
+        assert not scanned(plan), plan
+    return found
+
+
+def test_a_claim_reads_by_index(crowded: Seeds) -> None:
+    """The turn by its id, the earlier ones of its session by theirs, and what goes with them."""
+    turn_id, worker_id = crowded.turn(), crowded.worker()
+    analyze(crowded.store)
+    found = assert_indexed(crowded.store, lambda connection: claims.claim(connection, turn_id, worker_id, 60))
+    assert "pk_turns" in found[0]
+    assert "ix_turns_unfinished" in found[0] or "uq_turns_session_id_number" in found[0]
+
+
+def test_a_second_claim_with_history_reads_by_index(crowded: Seeds) -> None:
+    """Journal, ledger and earlier turns too."""
+    session_id = crowded.session()
+    crowded.complete(crowded.claimed(crowded.turn(session_id)))
+    turn_id = crowded.turn(session_id)
+    crowded.lose_worker(crowded.claimed(turn_id))
+    worker_id = crowded.worker()
+    analyze(crowded.store)
+    found = assert_indexed(crowded.store, lambda connection: claims.claim(connection, turn_id, worker_id, 60))
+    assert len(found) == 5
+
+
+def test_recording_reads_by_index(crowded: Seeds) -> None:
+    """The fenced update finds the turn by its id."""
+    claim = crowded.claimed()
+    analyze(crowded.store)
+    assert_indexed(crowded.store, lambda connection: claims.record(connection, claim, [next_event(claim)]))
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        (workers.to_ring, "ix_turns_queued"),
+        (lambda connection: workers.overdue(connection, 300), "ix_turns_"),
+        (workers.orphans, "ix_turns_worker"),
+    ],
+    ids=["to_ring", "overdue", "orphans"],
+)
+def test_upkeep_reads_by_partial_indexes(crowded: Seeds, query: Callable[[Connection], Any], index: str) -> None:
+    """Each process asks every few seconds: the cost is that of the turns that are under way."""
+    crowded.turn()
+    crowded.kill(crowded.claimed().worker_id)
+    crowded.await_input(crowded.claimed())
+    analyze(crowded.store)
+    found = assert_indexed(crowded.store, query)
+    assert index in found[0]
+
+
+def test_followers_read_by_index(crowded: Seeds) -> None:
+    """Standings by turn id, segments by turn and position."""
+    claim = crowded.claimed()
+    claim = crowded.record(claim, [next_event(claim)])
+    analyze(crowded.store)
+    [plan] = assert_indexed(crowded.store, lambda connection: turns.standings(connection, [claim.turn_id]))
+    assert "pk_turns" in plan
+    [plan] = assert_indexed(
+        crowded.store, lambda connection: turns.segments_after(connection, claim.turn_id, claim.last._replace(n=0), 8)
+    )
+    assert "pk_event_segments" in plan
+    assert "Sort" not in plan
+
+
+def test_ringing_the_next_turn_reads_by_index(crowded: Seeds) -> None:
+    """The session's unfinished turns are in an index of their own."""
+    session_id = crowded.session()
+    crowded.turn(session_id)
+    analyze(crowded.store)
+    assert_indexed(crowded.store, lambda connection: turns.next_in_session(connection, session_id))
