@@ -134,7 +134,7 @@ class Relay:
             fresh = after.n == 0
             while True:
                 inbox.forget()
-                async for batch in self._replay(turn_id, cursor):
+                async for batch in self._replay(turn_id, cursor, doubtful=not fresh):
                     cursor = inbox.cursor = batch[-1].id
                     yield batch
                     if await self._is_over(turn_id, batch[-1], through_legs):
@@ -169,8 +169,11 @@ class Relay:
             raise NotFound("Turn", turn_id)
         return standing[0] in ENDED and standing[1] <= cursor
 
-    async def _replay(self, turn_id: str, cursor: EventId) -> AsyncIterator[list[Event]]:
-        """The events from the cursor on, from Redis and Postgres, until they reach the end of what is known."""
+    async def _replay(self, turn_id: str, cursor: EventId, *, doubtful: bool) -> AsyncIterator[list[Event]]:
+        """The events from the cursor on, from Redis and Postgres, until they reach the end of what is known.
+
+        `doubtful`: Postgres may know more than Redis, whose last events a worker may have failed to publish.
+        """
         while True:
             try:
                 tail = await self._log.read(turn_id, cursor)
@@ -180,7 +183,7 @@ class Relay:
                 yield _to_leg_end(tail.events)
                 cursor = _to_leg_end(tail.events)[-1].id
                 continue
-            if tail and tail.last is not None and tail.last <= cursor:
+            if tail and tail.last is not None and tail.last <= cursor and not doubtful:
                 return
             recorded = await self._persistently(
                 lambda at=cursor: self._records.segments_after(turn_id, at, SEGMENTS_AT_ONCE)  # type: ignore[misc]

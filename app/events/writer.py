@@ -20,6 +20,7 @@ from app.events.log import ENDED_TTL_SECONDS, TTL_SECONDS, EventLog
 logger = logging.getLogger(__name__)
 
 BATCH = 500
+FINISH_SECONDS = 10
 BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -58,7 +59,8 @@ class EventWriter:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ending = False
+        self._failing = asyncio.Event()
+        self._final = False
         self._pump = asyncio.create_task(self._run(), name=f"events {turn_id}")
 
     def emit(self, kind: EventKind, data: str) -> None:
@@ -75,8 +77,12 @@ class EventWriter:
         """All events since the last recorded one: the next segment."""
         return list(self._unrecorded)
 
-    def recorded(self, segment: list[Event]) -> None:
-        """`segment` is committed: publishes what was staged, and lets Redis forget it once that is out."""
+    def recorded(self, segment: list[Event], *, final: bool = False) -> None:
+        """`segment` is committed: publishes what was staged, and lets Redis forget the segment.
+
+        `final`: the turn has ended, so that Redis may soon forget the turn.
+        """
+        self._final = final
         del self._unrecorded[: len(segment)]
         self._recorded = segment[-1].id
         self._trim = segment[-1].id
@@ -94,15 +100,12 @@ class EventWriter:
             self._last = self._staged[0].after
             self._staged = []
 
-    async def finish(self, timeout_seconds: float = 2.0) -> None:
-        """Publishes what is left and stops. If Redis is down, followers find it in Postgres."""
-        self._ending = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_seconds)
-        await self.abandon()
-
-    async def abandon(self) -> None:
-        """Stops at once."""
+    async def finish(self) -> None:
+        """Publishes what is left and stops. If Redis is down, it stops at once: followers find it in Postgres."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._failing)]
+        await asyncio.wait([*waits, self._pump], timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         self._pump.cancel()
         with contextlib.suppress(asyncio.CancelledError, AttemptLost):
             await self._pump
@@ -129,8 +132,10 @@ class EventWriter:
         while True:
             try:
                 if self._may_write() and await self._append(batch):
+                    self._failing.clear()
                     return
             except (RedisError, OSError, TimeoutError, Unavailable) as error:
+                self._failing.set()
                 if attempt == 0:
                     logger.warning("turn %s: events cannot be published, trying again: %s", self._turn_id, error)
             except AttemptLost:
@@ -140,13 +145,11 @@ class EventWriter:
             attempt += 1
 
     async def _append(self, batch: list[Event]) -> bool:
-        ttl = ENDED_TTL_SECONDS if self._ending and len(batch) == len(self._pending) else TTL_SECONDS
-        trim, self._trim = self._trim, None
-        # The trim goes with this batch, yet never past its start: followers read the tail before they ask Postgres.
-        outcome = await self._log.append(
-            self._turn_id, self._fence, batch, trim=trim if trim and trim < batch[0].id else None, ttl_seconds=ttl
-        )
+        ttl = ENDED_TTL_SECONDS if self._final and len(batch) == len(self._pending) else TTL_SECONDS
+        trim = self._trim if self._trim and self._trim <= batch[-1].id else None
+        outcome = await self._log.append(self._turn_id, self._fence, batch, trim=trim, ttl_seconds=ttl)
         if outcome == "ok":
+            self._trim = None if trim else self._trim
             return True
         await self._arm_again(outcome == "stale")
         missing = [event for event in self._unrecorded if event.id < batch[0].id]

@@ -68,6 +68,7 @@ def serve(port: int) -> None:
     parameters.n_ctx = CONTEXT_TOKENS
     parameters.n_parallel = PARALLEL
     parameters.cpuparams.n_threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))
+    parameters.cpuparams.poll = 0  # threads that wait for work leave the processor to others
     parameters.ui = False
     server = xllamacpp.Server(parameters)
     print(f"{MODEL_ID} on {server.listening_address}/v1", flush=True)

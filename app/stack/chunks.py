@@ -2,7 +2,7 @@
 
 Works without a connection: `read_chunks` takes blocks of bytes, however they were cut. The openai SDK's stream spends
 most of its time building objects in Python (`construct_type`); here pydantic's compiled parser reads each event's bytes
-straight into llama_stack's own type: 7 µs a chunk against 84 µs, on one core of the machine it was measured on.
+straight into llama_stack's own type: 6 µs of CPU a chunk against 70 µs. With HTTP it is 30 to 35 µs against 113 to 120.
 """
 
 from __future__ import annotations

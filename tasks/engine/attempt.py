@@ -28,7 +28,7 @@ from app.domain import events, history, shapes
 from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide
 from app.domain.errors import AttemptLost, TurnFailure, Unavailable
 from app.domain.events import LOST_TAIL_LEAP, Event, EventKind
-from app.domain.turns import TurnStatus
+from app.domain.turns import ENDED, TurnStatus
 from app.events.log import EventLog
 from app.events.writer import EventWriter
 from app.settings import Settings
@@ -371,7 +371,7 @@ class Attempt:
             # A cancellation waits: what is committed and what this attempt believes must not part.
             self._claim = await recording
             if segment:
-                self._writer.recorded(segment)
+                self._writer.recorded(segment, final="end" in what and what["end"].status in ENDED)
 
     async def _persist(self, segment: list[Event], **what: Any) -> Claim:
         """Tries until Postgres answers. Raises AttemptLost."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
-from tests.benchmarks.loads import FULL, QUICK, WARM_UP, Bench, Client, Load, Sample, idle_cpu
+from tests.benchmarks.loads import FULL, QUICK, WARM_UP, Bench, Client, Load, Patience, Sample, idle_cpu
 from tests.benchmarks.processes import on_cpus, versions_of_servers
 from tests.benchmarks.readings import MEGABYTE, Memory, memory
 from tests.benchmarks.report import Report, Standing, markdown, sample_line
@@ -80,10 +80,13 @@ def parse() -> argparse.Namespace:
     add("--log-level", default="INFO", help="of the processes of all systems (default INFO)")
     add("--server-cpus", type=cpus, default=(), metavar="0,1", help="cores for the systems (default: all)")
     add("--load-cpus", type=cpus, default=(), metavar="0,1", help="cores for client and model (default: all)")
+    add("--patience", type=float, help="seconds to wait, in all, while others use the machine (default 300; quick: 0)")
     add("--output", type=Path, help=f"document to write (default docs/{DOCUMENT.name}; quick: none)")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 5)
     options.starts = options.starts or (1 if options.quick else 3)
+    if options.patience is None:
+        options.patience = 0.0 if options.quick else 300.0
     return options
 
 
@@ -106,7 +109,7 @@ def measure(options: argparse.Namespace, output: Output) -> Report:
                 for system in systems:
                     system.restart()
         assert model.pid
-        bench = Bench(client, model.pid)
+        bench = Bench(client, model.pid, Patience(options.patience))
         at_start = [memory_by_role(system) for system in systems]
         idle = [idle_cpu(system, 1 if options.quick else IDLE_SECONDS) for system in systems]
         samples = run_rounds(bench, systems, QUICK if options.quick else FULL, options.rounds, output)

@@ -68,7 +68,8 @@ class Turn(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         seen = self._rest + data
-        self._head = self._head or data[:SAID_OF_A_FAILURE]
+        if len(self._head) < SAID_OF_A_FAILURE:
+            self._head = (self._head + data)[:SAID_OF_A_FAILURE]
         self.received += len(data)
         self.events += seen.count(EVENT) - self._rest.count(EVENT)
         if self.first_progress is None and PROGRESS in seen:

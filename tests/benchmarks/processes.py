@@ -118,7 +118,7 @@ def start_redis(folder: Path, port: int) -> Process:
 
 
 def start_postgres(folder: Path, port: int) -> Process:
-    """A new cluster with default settings, so every commit is flushed to disk. On TCP, because asyncpg asks for it."""
+    """A new cluster with default settings, so that every commit is flushed to disk. On TCP, as llama-stack needs it."""
     data = folder / "postgres"
     data.mkdir()
     account = POSTGRES_ACCOUNT if os.geteuid() == 0 else None
@@ -127,7 +127,7 @@ def start_postgres(folder: Path, port: int) -> Process:
         ensure_prefix_permissions(data)
         os.chown(data, entry.pw_uid, entry.pw_gid)
     initdb(["--auth=trust", "--encoding=utf8", "-U", "postgres"], pgdata=data, user=account)
-    command = [POSTGRES_BIN_PATH / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", data]
+    command = [POSTGRES_BIN_PATH / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
     process = Process("postgres", command, folder, account=account, stop_signal=signal.SIGINT)
     wait_until(lambda: _answers(port), timeout=20, every=0.05)
     return process

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 SAMPLE_SECONDS = 0.25
 MEGABYTE = 1024 * 1024

@@ -54,6 +54,7 @@ class Report:
         slow = [load for load in self.loads() if load.is_slow]
         yield "Slow turns", [self._head(_chunks_said(slow[0])), *chain(*(self._slow(slow[0], load) for load in slow))]
         yield "Memory", self._memory(slow[-1])
+        yield "Noise", [["Cores that others kept busy", *self.systems], *map(self._others, self.loads())]
         yield "Start", [self._head("From no process but the data servers"), *self._start()]
 
     def _head(self, title: str) -> list[str]:
@@ -162,6 +163,9 @@ class Report:
             totals = [sum(memory.values(), Memory(0, 0)) if memory else None for memory in columns]
             rows.append([f"**{system}**", *map(_shown, totals), str(sum(peaks.threads.values()) or "")])
         return rows
+
+    def _others(self, load: Load) -> list[str]:
+        return self._row(load.name, ".2f", self._median(load, lambda sample: sample.others))[: 1 + len(self.systems)]
 
     def _start(self) -> Table:
         return [

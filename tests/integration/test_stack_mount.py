@@ -498,8 +498,9 @@ def start_process(program: str, settings: Settings, *arguments: str) -> None:
         "inference_url": settings.inference_url,
         "inference_model": settings.inference_model,
     }
+    # Four at once spend 6 s of CPU each on importing llama_stack, which took 53 s on two busy cores.
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(values), *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, json.dumps(values), *arguments], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -1,0 +1,73 @@
+"""Shows a turn's events as they come: each step, the model's text, tool calls and their results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from app.cli.errors import CommandError
+
+_RESULT_CHARACTERS = 300
+
+
+class Transcript:
+    """Prints events (as JSON objects, in the shapes of the agents API) to standard output."""
+
+    def __init__(self, *, show_steps: bool = False) -> None:
+        self._show_steps = show_steps
+        self._within_line = False
+        self.turn_id: str | None = None
+        self.awaits_input = False
+
+    def show(self, chunk: Mapping[str, Any]) -> None:
+        """One event. Raises CommandError: it says that the turn failed or was cancelled."""
+        if error := chunk.get("error"):
+            self.end_line()
+            raise CommandError(f"the turn failed: {error.get('message')} ({error.get('code')})")
+        payload = chunk["event"]["payload"]
+        match payload["event_type"]:
+            case "step_start":
+                self._step(f"{payload['step_type']} step begins")
+            case "step_progress":
+                self._delta(payload["delta"])
+            case "step_complete":
+                self._complete(payload["step_details"])
+            case "turn_complete" | "turn_awaiting_input" as kind:
+                self.end_line()
+                self.turn_id = payload["turn"]["turn_id"]
+                self.awaits_input = kind == "turn_awaiting_input"
+                self._step("the turn awaits tool responses" if self.awaits_input else "the turn is complete")
+
+    def end_line(self) -> None:
+        if self._within_line:
+            print(flush=True)
+            self._within_line = False
+
+    def _delta(self, delta: Mapping[str, Any]) -> None:
+        if delta["type"] == "text" and delta["text"]:
+            print(delta["text"], end="", flush=True)
+            self._within_line = True
+
+    def _complete(self, step: Mapping[str, Any]) -> None:
+        self.end_line()
+        for call in (step.get("model_response") or {}).get("tool_calls") or []:
+            self._line(f"calls {call['tool_name']} {_compact(call['arguments'])}")
+        for response in step.get("tool_responses") or []:
+            self._line(f"{response['tool_name']} answers: {_compact(response['content'])}")
+        if violation := step.get("violation"):
+            self._line(f"a shield objects: {violation.get('user_message')}")
+        self._step(f"{step['step_type']} step is complete")
+
+    def _step(self, text: str) -> None:
+        if self._show_steps:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        self.end_line()
+        print(f"  [{text}]", flush=True)
+
+
+def _compact(content: Any) -> str:
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return text if len(text) <= _RESULT_CHARACTERS else f"{text[:_RESULT_CHARACTERS]}…"

@@ -1,0 +1,107 @@
+"""`caravan turns`: turns as Postgres has them, and one turn's events as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.cli.chat import URL, UrlOption
+from app.cli.errors import CommandError
+from app.domain.turns import TurnStatus
+
+if TYPE_CHECKING:
+    from app.store.turns import TurnRow
+
+READ_TIMEOUT_SECONDS = 60.0
+
+application = typer.Typer(help="List turns, show one, or follow one.", no_args_is_help=True)
+
+TurnId = Annotated[str, typer.Argument(help="Id of the turn.", metavar="ID")]
+
+
+@application.command("list")
+def list_turns(
+    status: Annotated[TurnStatus | None, typer.Option(help="Only turns of this status.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20,
+) -> None:
+    """List the newest turns of the database at DATABASE_URL."""
+    from app.store.turns import recent_turns
+
+    found = _ask(recent_turns, status, limit)
+    print(f"{'TURN':<36}  {'STATUS':<14}  {'CREATED':<19}  {'WORKER':<24}  AGENT")
+    for turn, agent_id in found:
+        created = turn.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{turn.turn_id:<36}  {turn.status.value:<14}  {created}  {turn.worker or '-':<24}  {agent_id}")
+
+
+@application.command()
+def show(turn_id: TurnId) -> None:
+    """Show one turn of the database at DATABASE_URL, with its steps, as JSON."""
+    turn, agent_id = _find(turn_id)
+    print(json.dumps(_shape(turn, agent_id), indent=2, ensure_ascii=False))
+
+
+@application.command()
+def follow(turn_id: TurnId, url: UrlOption = URL) -> None:
+    """Print a turn's text from its start, and then as it comes, until its end."""
+    from app.cli.transcript import Transcript
+
+    turn, agent_id = _find(turn_id)
+    transcript = Transcript()
+    for event in _events(f"{url}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn_id}/events"):
+        transcript.show(event)
+    transcript.end_line()
+
+
+def _events(url: str) -> Iterator[dict[str, Any]]:
+    import httpx
+
+    try:
+        with httpx.stream("GET", url, timeout=READ_TIMEOUT_SECONDS) as response:
+            if response.status_code != httpx.codes.OK:
+                raise CommandError(f"{url} answered {response.status_code}: {response.read().decode(errors='replace')}")
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
+    except httpx.HTTPError as error:
+        raise CommandError(f"no answer from {url}: {error}") from None
+
+
+def _find(turn_id: str) -> tuple[TurnRow, str]:
+    from app.store.turns import find_turn
+
+    return _ask(find_turn, turn_id)
+
+
+def _ask[T](query: Callable[..., T], *arguments: Any) -> T:
+    """One transaction on the database at DATABASE_URL."""
+    from app.settings import get_settings
+    from app.store import Store
+
+    store = Store(get_settings().sqlalchemy_url, pool_size=2, name="cli")
+    try:
+        return store.transact(query, *arguments)
+    finally:
+        store.close()
+
+
+def _shape(turn: TurnRow, agent_id: str) -> dict[str, Any]:
+    moments = {name: getattr(turn, name) for name in ("created_at", "started_at", "completed_at")}
+    return {
+        "turn_id": turn.turn_id,
+        "agent_id": agent_id,
+        "session_id": turn.session_id,
+        "number": turn.number,
+        "status": turn.status.value,
+        "worker": turn.worker,
+        "attempts": turn.fence,
+        "last_event": str(turn.last),
+        **{name: moment.isoformat() if moment else None for name, moment in moments.items()},
+        "error": turn.error,
+        "input_messages": turn.request.get("messages"),
+        "steps": turn.steps,
+        "output_message": turn.output_message,
+    }

@@ -1,0 +1,115 @@
+"""`caravan up` as a person runs it: it starts, serves, keeps its data, and leaves nothing running."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from app.local.server import free_port
+from tests.support import ROOT
+from tests.support.scripted_model import ScriptedModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+CARAVAN = [sys.executable, "-c", "from app.cli import main; main()"]
+READY_SECONDS = 120
+
+
+class Up:
+    """A running `caravan up`."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, lines: queue.SimpleQueue[str | None]) -> None:
+        self.process = process
+        self.url = url
+        self._lines = lines
+        self.children = psutil.Process(process.pid).children(recursive=True)
+
+    def interrupt(self) -> int:
+        """Ctrl-C; the exit status."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def left(self) -> list[psutil.Process]:
+        return [child for child in self.children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextmanager
+def up(data: Path, model_url: str, *options: str) -> Iterator[Up]:
+    port, flower_port = free_port(), free_port()
+    arguments = ["up", f"--data={data}", f"--port={port}", f"--flower-port={flower_port}", f"--model-url={model_url}"]
+    process = subprocess.Popen(
+        [*CARAVAN, *arguments, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    try:
+        _wait_ready(lines)
+        yield Up(process, f"http://127.0.0.1:{port}", lines)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
+    assert process.stdout
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def _wait_ready(lines: queue.SimpleQueue[str | None]) -> None:
+    seen: list[str] = []
+    while (line := lines.get(timeout=READY_SECONDS)) is not None:
+        seen.append(line)
+        if "Ctrl-C stops everything" in line:
+            return
+    raise AssertionError("caravan up ended:\n" + "".join(seen))
+
+
+def create_agent(url: str) -> str:
+    answer = httpx.post(f"{url}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "Be brief."}})
+    answer.raise_for_status()
+    return str(answer.json()["agent_id"])
+
+
+def run_turn(url: str, agent_id: str) -> httpx.Response:
+    created = httpx.post(f"{url}/v1/agents/{agent_id}/session", json={"session_name": "s"}).raise_for_status()
+    turn = {"messages": [{"role": "user", "content": "SAY from the caravan"}], "stream": False}
+    path = f"{url}/v1/agents/{agent_id}/session/{created.json()['session_id']}/turn"
+    return httpx.post(path, json=turn, timeout=30).raise_for_status()
+
+
+def test_up_serves_keeps_its_data_and_leaves_nothing_running(tmp_path: Path) -> None:
+    with ScriptedModel() as model:
+        with up(tmp_path / "data", model.url) as first:
+            assert httpx.get(f"{first.url}/v1/health").status_code == 200
+            agent_id = create_agent(first.url)
+            turn = run_turn(first.url, agent_id)
+            assert turn.json()["output_message"]["content"].strip() == "from the caravan"
+            assert turn.headers["X-Caravan-Worker"]
+            assert first.interrupt() == 0
+            assert first.left() == []
+        with up(tmp_path / "data", model.url, "--no-flower") as second:
+            assert httpx.get(f"{second.url}/v1/agents/{agent_id}").status_code == 200
+            second.process.kill()
+            second.process.wait()
+            _, alive = psutil.wait_procs(second.children, timeout=30)
+            assert [child for child in alive if child in second.left()] == []
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    with ScriptedModel() as model:
+        command = [*CARAVAN, "up", f"--data={tmp_path}", f"--port={model.port}", "--no-flower"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == f"caravan: port {model.port} is in use: name another one with --port\n"

@@ -1,0 +1,41 @@
+"""Real parts for our engine: Postgres, Redis, and the scripted model for both."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from app.events.log import EventLog
+from app.store import Store
+from tasks.engine.attempt import Tools
+from tests.conformance.engines import engine_tools
+from tests.conformance.world import World
+from tests.support.scripted_model import ScriptedModel
+
+
+@pytest.fixture(scope="package")
+def store(postgres_url: str) -> Iterator[Store]:
+    opened = Store(make_url(postgres_url).set(drivername="postgresql+psycopg2"), pool_size=4, name="conformance")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+async def log(redis_url: str) -> AsyncIterator[EventLog]:
+    opened = EventLog(redis_url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def world(model: ScriptedModel) -> AsyncIterator[World]:
+    opened = World(model.url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def tools(store: Store, log: EventLog, world: World) -> Tools:
+    return engine_tools(store, log, world)

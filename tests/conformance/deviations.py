@@ -1,0 +1,240 @@
+"""Where our engine means to differ from `ChatAgent`, each with its reason.
+
+A deviation turns what `ChatAgent` did into what ours is to do. It must change something, and ours must equal the
+result: one that no longer shows, on either side, fails the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.conformance.scripts import ASK_USER
+from tests.conformance.transcripts import Json, Leg, Transcript, payload
+
+Change = Callable[[Transcript, Transcript], None]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """`change` edits the reference's transcript, its first argument; the second is ours, to read."""
+
+    reason: str
+    change: Change
+
+
+def _steps(leg: Leg) -> list[Json]:
+    """Every copy of every step in a leg: completed, and in the turn that it ends with."""
+    found = []
+    for event in leg.events:
+        content = payload(event)
+        if content["event_type"] == "step_complete":
+            found.append(content["step_details"])
+        found += content.get("turn", {}).get("steps", [])
+    return found
+
+
+def _own_step_ids(reference: Transcript, _: Transcript) -> None:
+    client_tools = {"ask_user", "show"}
+    count = 0
+    for leg in reference.legs:
+        for event in leg.events:
+            content = payload(event)
+            details = content.get("step_details", {})
+            names = {call["tool_name"] for call in details.get("tool_calls", [])}
+            if names & client_tools and content["event_type"] == "step_complete":
+                count += 1
+                content["step_id"] = f"client step {count}"
+        numbers = dict[str, int]()
+        for step in _steps(leg):
+            calls = step.get("tool_calls") or []
+            if calls and calls[0]["tool_name"] in client_tools:
+                key = "|".join(response["content"] for response in step["tool_responses"])
+                numbers.setdefault(key, 0)
+                step["step_id"] = f"client step {_ordinal(reference, key)}"
+
+
+def _ordinal(reference: Transcript, key: str) -> int:
+    order: list[str] = []
+    for leg in reference.legs:
+        for event in leg.events:
+            details = payload(event).get("step_details", {})
+            calls = details.get("tool_calls") or []
+            if calls and calls[0]["tool_name"] in {"ask_user", "show"}:
+                order.append("|".join(response["content"] for response in details["tool_responses"]))
+    return order.index(key) + 1
+
+
+def _no_open_calls(reference: Transcript, _: Transcript) -> None:
+    for leg in reference.legs:
+        last = payload(leg.events[-1])
+        message = last["turn"]["output_message"]
+        if message["tool_calls"] and message["stop_reason"] == "end_of_turn":
+            last["event_type"] = "turn_complete"
+            message["tool_calls"] = []
+
+
+def _toolgroups_stay(reference: Transcript, _: Transcript) -> None:
+    reference.requests[1]["tools"] = reference.requests[0]["tools"]
+    if "tool_choice" in reference.requests[0]:
+        reference.requests[1]["tool_choice"] = reference.requests[0]["tool_choice"]
+
+
+def _open_calls_are_closed(reference: Transcript, ours: Transcript) -> None:
+    messages, answered = reference.requests[-1]["messages"], ours.requests[-1]["messages"]
+    asking = next(index for index, message in enumerate(messages) if message.get("tool_calls"))
+    [call] = messages[asking]["tool_calls"]
+    assert "outcome of this tool call is unknown" in answered[asking + 1]["content"]
+    messages.insert(asking + 1, {**answered[asking + 1], "tool_call_id": call["id"]})
+
+
+def _tool_trouble(reference: Transcript, ours: Transcript) -> None:
+    """The reference stops at the call; ours goes on, with an error for the model."""
+    [leg], [our_leg] = reference.legs, ours.legs
+    assert leg.failed
+    rest = our_leg.events[len(leg.events) :]
+    [response] = payload(rest[0])["step_details"]["tool_responses"]
+    assert payload(rest[-1])["event_type"] == "turn_complete"
+    assert response["content"]
+    assert reference.requests == ours.requests[:1] or len(ours.requests) == 2
+    assert ours.requests[1]["messages"][-1]["content"] == response["content"]
+    leg.events, leg.failed = our_leg.events, False
+    reference.requests = ours.requests
+
+
+def _failed_turns_are_history(reference: Transcript, ours: Transcript) -> None:
+    reference.requests[-1]["messages"].insert(0, reference.requests[0]["messages"][0])
+
+
+def _no_session_for_mcp(reference: Transcript, _: Transcript) -> None:
+    for _name, arguments in reference.calls:
+        del arguments["session_id"]
+
+
+def _builtin_names(reference: Transcript, _: Transcript) -> None:
+    text = reference.requests[0]["tools"][0]["function"]
+    assert text["name"] == "brave_search"
+    text["name"] = "web_search"
+    for leg in reference.legs:
+        for event in leg.events:
+            _replace(event, "brave_search", "web_search")
+
+
+def _replace(value: object, old: str, new: str) -> None:
+    """Every string that is `old`, in place."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if item == old:
+                value[key] = new
+            _replace(item, old, new)
+    elif isinstance(value, list):
+        for item in value:
+            _replace(item, old, new)
+
+
+def _unique_call_ids(reference: Transcript, _: Transcript) -> None:
+    """The second call of a message, told by its tool, or one without an id, has an id of its own."""
+    for node in reference.nodes():
+        is_second = "echo" in (node.get("tool_name"), node.get("function", {}).get("name"))
+        for key in ("call_id", "tool_call_id", "id"):
+            if node.get(key) == "" or (node.get(key) == "same" and is_second):
+                node[key] = f"new {node[key]}"
+    for request in reference.requests:
+        tool_messages = [message for message in request["messages"] if message.get("tool_call_id") == "same"]
+        for message in tool_messages[1:]:
+            message["tool_call_id"] = "new same"
+
+
+def _no_arguments(reference: Transcript, _: Transcript) -> None:
+    for node in reference.nodes():
+        if node.get("arguments") == "":
+            node["arguments"] = "{}"
+
+
+def _input_not_mutated(reference: Transcript, ours: Transcript) -> None:
+    for leg, our_leg in zip(reference.legs, ours.legs, strict=True):
+        turn, our_turn = payload(leg.events[-1])["turn"], payload(our_leg.events[-1])["turn"]
+        assert "The note says 42." not in str(our_turn["input_messages"])
+        if "The note says 42." in str(turn["input_messages"]):
+            turn["input_messages"] = our_turn["input_messages"]
+
+
+def _documents_of_their_turn(reference: Transcript, ours: Transcript) -> None:
+    first = reference.requests[1]["messages"][0]
+    assert "The note says 42." in first["content"]
+    first["content"] = first["content"].removesuffix("The note says 42.")
+
+
+def _tool_config_counts(reference: Transcript, _: Transcript) -> None:
+    for request in reference.requests:
+        request["tool_choice"] = "none"
+
+
+def _stop_is_sent(reference: Transcript, _: Transcript) -> None:
+    for request in reference.requests:
+        request["stop"] = ["END"]
+
+
+def _response_formats(reference: Transcript, ours: Transcript) -> None:
+    [leg], [our_leg] = reference.legs, ours.legs
+    assert leg.failed
+    assert not reference.requests
+    assert ours.requests[0]["response_format"]["json_schema"]["schema"]["properties"] == {"answer": {"type": "string"}}
+    leg.events, leg.failed = leg.events + our_leg.events[len(leg.events) :], False
+    reference.requests = ours.requests
+
+
+DEVIATIONS: dict[str, Deviation] = {
+    "own step ids": Deviation(
+        "ChatAgent gives a client tool's step the id of the step before it, so that GET step shows the wrong one.",
+        _own_step_ids,
+    ),
+    "no open calls at the end": Deviation(
+        "When iterations or tokens run out, nobody runs the calls that are left: the turn completes without them. "
+        "ChatAgent reports even server tools as awaiting input, and so the SDK tries to run them.",
+        _no_open_calls,
+    ),
+    "toolgroups stay": Deviation("ChatAgent forgets a turn's own toolgroups when the turn is resumed.", _toolgroups_stay),
+    "open calls are closed": Deviation(
+        "Model servers refuse a history with a tool call that was never answered; ChatAgent sends it.",
+        _open_calls_are_closed,
+    ),
+    "tool trouble is a response": Deviation(
+        "A model can go on from a tool's error, a call of an unknown tool or bad arguments; ChatAgent fails the turn "
+        "and forgets it.",
+        _tool_trouble,
+    ),
+    "failed turns are history": Deviation(
+        "ChatAgent never stores a turn that fails in an inference; ours is stored, so its input is part of the history.",
+        _failed_turns_are_history,
+    ),
+    "no session for MCP": Deviation(
+        "An MCP server gets just what the model said: its schema knows no session_id.", _no_session_for_mcp
+    ),
+    "builtin tools keep their names": Deviation(
+        "ChatAgent tells the model of web_search as brave_search, whatever the provider, and refuses builtin tools "
+        "that Llama models do not know.",
+        _builtin_names,
+    ),
+    "call ids are unique": Deviation(
+        "Models leave call ids empty or use one twice; clients and model servers match responses by them.",
+        _unique_call_ids,
+    ),
+    "no arguments are {}": Deviation(
+        f"A call of {ASK_USER['name']} without arguments is one with none; an empty string is not JSON.", _no_arguments
+    ),
+    "input is not mutated": Deviation(
+        "ChatAgent appends document text to the user's message itself, which the client then sees in its turn.",
+        _input_not_mutated,
+    ),
+    "documents belong to their turn": Deviation(
+        "For the same reason ChatAgent repeats an earlier turn's documents in each later request; ours has them in "
+        "their own turn only.",
+        _documents_of_their_turn,
+    ),
+    "a turn's tool_config counts": Deviation("ChatAgent ignores the tool_config of a turn.", _tool_config_counts),
+    "stop is sent": Deviation("ChatAgent drops sampling_params.stop.", _stop_is_sent),
+    "response formats work": Deviation(
+        "ChatAgent passes the Llama Stack's response_format where OpenAI's is needed, and fails.", _response_formats
+    ),
+}

@@ -1,0 +1,204 @@
+"""The events of one attempt, through outages and takeovers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from app.domain.events import START, EventId, EventKind
+from app.events.follow import Relay
+from app.events.log import ENDED_TTL_SECONDS, EventLog, channel
+from app.events.writer import EventWriter
+from app.local.valkey import Valkey
+from tests.integration.events.feeds import (
+    DELTA,
+    Follower,
+    MemoryRecords,
+    Owner,
+    new_turn,
+    tail,
+    tail_becomes,
+    until,
+    writing,
+)
+
+
+def emit(writer: EventWriter, count: int) -> None:
+    for index in range(count):
+        writer.emit(DELTA, f'"{index}"')
+
+
+async def test_emitted_events_are_published_and_numbered(log: EventLog, owner: Owner) -> None:
+    """They go on from the event that the attempt found, in order, without being recorded."""
+    turn_id, last = new_turn(), EventId(1, 41)
+    async with writing(log, turn_id, owner, fence=3, last=last) as writer:
+        emit(writer, 1200)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        ids = [event.id for event in writer.unrecorded()]
+        assert ids == [EventId(3, 42 + index) for index in range(1200)]
+        assert [event.after for event in writer.unrecorded()] == [last, *ids[:-1]]
+
+
+async def test_a_staged_event_is_seen_only_when_it_is_recorded(log: EventLog, owner: Owner) -> None:
+    """It has its place in the segment before anyone sees it."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        writer.stage(EventKind.STEP_COMPLETE, '"done"')
+        segment = writer.unrecorded()
+        assert len(segment) == 3
+        await tail_becomes(log, turn_id, segment[:2])
+        writer.recorded(segment)
+        await until(lambda: writer.unrecorded() == [])
+        await tail_becomes(log, turn_id, segment)
+
+
+async def test_what_is_recorded_is_trimmed_from_redis(log: EventLog, owner: Owner) -> None:
+    """After each step's segment, the tail holds no more than that step and what came since: memory stays bounded."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        for _ in range(5):
+            emit(writer, 10)
+            writer.stage(EventKind.STEP_COMPLETE, '"done"')
+            segment = writer.unrecorded()
+            writer.recorded(segment)
+            emit(writer, 1)
+            newest = writer.unrecorded()[-1].id
+            async with asyncio.timeout(5):
+                while (await log.read(turn_id, START)).last != newest:
+                    await asyncio.sleep(0.005)
+        assert len(await tail(log, turn_id)) <= 12
+
+
+async def test_a_forgotten_stage_gives_its_numbers_back(log: EventLog, owner: Owner) -> None:
+    """The terminal event of a turn that was interrupted while it recorded takes their place."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        writer.stage(EventKind.STEP_COMPLETE, '"never"')
+        writer.stage(EventKind.TURN_COMPLETE, '"never"')
+        writer.forget_staged()
+        writer.stage(EventKind.ERROR, '"cancelled"')
+        segment = writer.unrecorded()
+        assert [(event.id, event.data) for event in segment[2:]] == [(EventId(1, 3), '"cancelled"')]
+        writer.recorded(segment)
+        await tail_becomes(log, turn_id, segment)
+
+
+async def test_a_flush_in_mid_turn_loses_nothing(
+    log: EventLog, owner: Owner, redis: Valkey, relay: Relay, records: MemoryRecords
+) -> None:
+    """The log is armed again with all that is not recorded; followers get every event once."""
+    turn_id = records.accept(new_turn())
+    follower = Follower(relay, turn_id)
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 3)
+        writer.stage(EventKind.STEP_COMPLETE, '"one"')
+        first = writer.unrecorded()
+        records.record(turn_id, first)
+        writer.recorded(first)
+        emit(writer, 3)
+        await follower.has([*first, *writer.unrecorded()])
+        redis.flush()
+        emit(writer, 3)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        writer.stage(EventKind.TURN_COMPLETE, '"over"')
+        second = writer.unrecorded()
+        redis.flush()
+        records.record(turn_id, second)
+        writer.recorded(second)
+        assert await follower.ended() == [*first, *second]
+        assert await Follower(relay, turn_id).ended() == [*first, *second]
+
+
+async def test_an_outage_of_redis_delays_events_and_loses_none(
+    log: EventLog, owner: Owner, redis: Valkey, relay: Relay, records: MemoryRecords
+) -> None:
+    """The server dies and comes back empty; what was emitted meanwhile arrives."""
+    turn_id = records.accept(new_turn())
+    follower = Follower(relay, turn_id)
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        await follower.has(writer.unrecorded())
+        redis.kill()
+        emit(writer, 2)
+        redis.start()
+        emit(writer, 1)
+        await follower.has(writer.unrecorded())
+        assert owner.lost == 0
+
+
+async def test_an_attempt_that_is_over_learns_it_from_the_log(log: EventLog, owner: Owner) -> None:
+    """Another raised the fence: `on_lost` is called once, and nothing more is appended."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        owner.owned = False
+        await log.raise_fence(turn_id, 2, START)
+        before = await tail(log, turn_id)
+        emit(writer, 2)
+        await until(lambda: owner.lost)
+        emit(writer, 2)
+        await writer.finish(timeout_seconds=0.05)
+        assert owner.lost == 1
+        assert await tail(log, turn_id) == before
+
+
+async def test_an_attempt_that_is_over_does_not_arm_a_flushed_log(log: EventLog, owner: Owner, redis: Valkey) -> None:
+    """It asks Postgres first."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        redis.flush()
+        owner.owned = False
+        emit(writer, 1)
+        await until(lambda: owner.lost)
+        assert (await log.read(turn_id, START)).last is None
+
+
+async def test_a_fence_raised_in_vain_is_taken_back(log: EventLog, owner: Owner) -> None:
+    """Somebody raised it in a transaction that was rolled back: the owner goes on."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        await log.raise_fence(turn_id, 2, START)
+        emit(writer, 2)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        assert owner.lost == 0
+
+
+async def test_nothing_is_appended_while_the_lease_is_in_doubt(log: EventLog, owner: Owner) -> None:
+    """It goes out once the lease is renewed."""
+    turn_id = new_turn()
+    owner.may_write = False
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer._idle.wait(), 0.1)
+        assert await tail(log, turn_id) == []
+        owner.may_write = True
+        await tail_becomes(log, turn_id, writer.unrecorded())
+
+
+async def test_finishing_publishes_what_is_left_and_shortens_the_logs_life(log: EventLog, owner: Owner) -> None:
+    """Ended turns are read from Postgres."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 3)
+        writer.stage(EventKind.TURN_COMPLETE, '"over"')
+        segment = writer.unrecorded()
+        writer.recorded(segment)
+        await writer.finish()
+        assert await tail(log, turn_id) == segment
+        assert 0 < await log.redis.ttl(f"{channel(turn_id)}:tail") <= ENDED_TTL_SECONDS
+
+
+async def test_finishing_while_redis_is_down_gives_up(log: EventLog, owner: Owner, redis: Valkey) -> None:
+    """A worker does not hang on a turn that is over."""
+    async with writing(log, new_turn(), owner) as writer:
+        redis.kill()
+        emit(writer, 1)
+        async with asyncio.timeout(5):
+            await writer.finish(timeout_seconds=0.2)
