@@ -16,7 +16,6 @@ broker_transport_options = {
     "socket_timeout": 5,
     "socket_keepalive": True,
     "retry_on_timeout": False,
-    "global_keyprefix": "caravan:celery:",
 }
 task_default_queue = QUEUE
 task_create_missing_queues = True

@@ -10,7 +10,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 RUN_TURN = "tasks.turns.run_turn"
-QUEUE = "turns"
+QUEUE = "caravan.turns"
 
 logger = logging.getLogger(__name__)
 

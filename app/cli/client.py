@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+import httpx
 from llama_stack_client import APIConnectionError, APIError, APIStatusError, LlamaStackClient
 
 from app.cli.errors import CommandError
@@ -96,6 +97,8 @@ def one_line(url: str) -> Iterator[None]:
         raise CommandError(f"{url} answered {error.status_code}: {_message(error)}") from None
     except APIError as error:
         raise CommandError(f"{url}: {error.message}") from None
+    except httpx.HTTPError as error:  # in the midst of a stream the SDK lets these through
+        raise CommandError(f"{url} broke off: {error}") from None
 
 
 def _message(error: APIStatusError) -> str:

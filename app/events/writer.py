@@ -7,7 +7,6 @@ lowest latency and a busy one batches by itself.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -104,11 +103,9 @@ class EventWriter:
         """Publishes what is left and stops. If Redis is down, it stops at once: followers find it in Postgres."""
         waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._failing)]
         await asyncio.wait([*waits, self._pump], timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        self._pump.cancel()
-        with contextlib.suppress(asyncio.CancelledError, AttemptLost):
-            await self._pump
+        for task in (*waits, self._pump):
+            task.cancel()
+        await asyncio.gather(*waits, self._pump, return_exceptions=True)
 
     def _number(self, kind: EventKind, data: str) -> Event:
         event = Event(EventId(self._fence, self._next_n), self._last, kind, data)

@@ -67,7 +67,8 @@ def serve(port: int) -> None:
     parameters.port = port
     parameters.n_ctx = CONTEXT_TOKENS
     parameters.n_parallel = PARALLEL
-    parameters.cpuparams.n_threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))
+    # Half of the cores: threads of one step wait for each other, so with all of them any other load costs much more.
+    parameters.cpuparams.n_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
     parameters.cpuparams.poll = 0  # threads that wait for work leave the processor to others
     parameters.ui = False
     server = xllamacpp.Server(parameters)

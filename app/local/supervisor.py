@@ -172,6 +172,7 @@ class Supervisor:
             with suppress(queue.Empty):
                 result, error = results.get(timeout=_POLL_SECONDS)
                 if error is not None:
+                    self.check()  # a server that died explains more than what came of it
                     raise error
                 return result  # type: ignore[return-value]  # T may be None itself
             self.check()

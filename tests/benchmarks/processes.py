@@ -99,12 +99,13 @@ class Process:
         return self.log.read_text(errors="replace")[-LOG_TAIL_BYTES:]
 
     def wait_until_logged(self, text: str, timeout: float) -> None:
-        wait_until(lambda: self._lives() and text in self.log.read_text(errors="replace"), timeout, every=0.05)
+        wait_until(lambda: self.lives() and text in self.log.read_text(errors="replace"), timeout, every=0.05)
 
     def wait_until_listening(self, port: int, timeout: float) -> None:
-        wait_until(lambda: self._lives() and accepts_connections(port), timeout, every=0.02)
+        wait_until(lambda: self.lives() and accepts_connections(port), timeout, every=0.02)
 
-    def _lives(self) -> bool:
+    def lives(self) -> bool:
+        """Raises RuntimeError, with the end of its log, if it has ended."""
         if self._popen.poll() is not None:
             raise RuntimeError(f"{self.name} ended with status {self._popen.returncode}:\n{self.log_tail()}")
         return True

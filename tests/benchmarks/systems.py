@@ -71,6 +71,8 @@ class System(ABC):
 
     def new_turn_paths(self, count: int) -> list[str]:
         """Paths to post one turn each to: every turn has a session of its own, so that no history adds to its cost."""
+        for process in self.processes.values():
+            process.lives()
         return [f"{self._sessions_path()}/{self._create_session()}/turn" for _ in range(count)]
 
     def run_one_turn(self) -> None:

@@ -1,18 +1,25 @@
-"""Real parts for our engine: Postgres, Redis, and the scripted model for both."""
+"""Real parts for our engine: Postgres, Redis, and the scripted model for both.
+
+Nothing here imports `tasks` as the module is loaded: it makes a Celery application the current one, which
+pytest-celery's fixtures would then configure, with settings that a test run does not have.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.engine import make_url
 
 from app.events.log import EventLog
 from app.store import Store
-from tasks.engine.attempt import Tools
-from tests.conformance.engines import engine_tools
 from tests.conformance.world import World
 from tests.support.scripted_model import ScriptedModel
+
+if TYPE_CHECKING:
+    from tasks.engine.attempt import Tools
 
 
 @pytest.fixture(scope="package")
@@ -38,4 +45,6 @@ async def world(model: ScriptedModel) -> AsyncIterator[World]:
 
 @pytest.fixture
 def tools(store: Store, log: EventLog, world: World) -> Tools:
+    from tests.conformance.engines import engine_tools
+
     return engine_tools(store, log, world)

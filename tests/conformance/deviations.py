@@ -100,6 +100,8 @@ def _tool_trouble(reference: Transcript, ours: Transcript) -> None:
     assert ours.requests[1]["messages"][-1]["content"] == response["content"]
     leg.events, leg.failed = our_leg.events, False
     reference.requests = ours.requests
+    for (_name, arguments), (_our_name, our_arguments) in zip(reference.calls, ours.calls, strict=True):
+        arguments["session_id"] = our_arguments["session_id"]
 
 
 def _failed_turns_are_history(reference: Transcript, ours: Transcript) -> None:
@@ -180,7 +182,8 @@ def _response_formats(reference: Transcript, ours: Transcript) -> None:
     assert leg.failed
     assert not reference.requests
     assert ours.requests[0]["response_format"]["json_schema"]["schema"]["properties"] == {"answer": {"type": "string"}}
-    leg.events, leg.failed = leg.events + our_leg.events[len(leg.events) :], False
+    assert len(leg.events) == 1
+    leg.events, leg.failed = our_leg.events, False
     reference.requests = ours.requests
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
 from llama_stack.apis.agents import AgentConfig, AgentTurnCreateRequest, AgentTurnResumeRequest, Turn
+from llama_stack.apis.inference import ToolResponseMessage, UserMessage
 from llama_stack.providers.inline.agents.meta_reference.agent_instance import ChatAgent
 from llama_stack.providers.inline.agents.meta_reference.persistence import AgentSessionInfo
 
@@ -155,7 +156,7 @@ class Ours:
 
     def accept(self, ask: Ask) -> str:
         given = {"documents": list(ask.documents), "toolgroups": list(ask.toolgroups), "tool_config": ask.tool_config}
-        return self._seeds.turn(self._session_id, messages=messages_of(ask), **given)
+        return self._seeds.turn(self._session_id, messages=_stored(messages_of(ask)), **given)
 
     async def answer(self, turn: Json, responses: list[Json]) -> Leg:
         stored = [{**response, "metadata": None} for response in responses]
@@ -180,6 +181,12 @@ class Ours:
     @property
     def seeds(self) -> Seeds:
         return self._seeds
+
+
+def _stored(messages: list[Json]) -> list[Json]:
+    """As the API stores them."""
+    kinds = {"user": UserMessage, "tool": ToolResponseMessage}
+    return [kinds[message["role"]](**message).model_dump(mode="json") for message in messages]
 
 
 def engine_tools(store: Store, log: EventLog, world: World, **settings: Any) -> Tools:

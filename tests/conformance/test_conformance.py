@@ -8,7 +8,7 @@ from tasks.engine.attempt import Tools
 from tests.conformance.deviations import DEVIATIONS
 from tests.conformance.engines import Ours, Reference, play
 from tests.conformance.scripts import SCRIPTS
-from tests.conformance.transcripts import kinds, normal
+from tests.conformance.transcripts import differences, kinds, normal
 from tests.conformance.world import World
 from tests.support.scripted_model import ScriptedModel
 
@@ -30,9 +30,10 @@ async def test_our_engine_does_what_chat_agent_does(
         assert expected != before, f"ChatAgent does not differ any more: {deviation}"
     wanted, found = normal(expected), normal(ours)
     assert [kinds(leg) for leg in found.legs] == [kinds(leg) for leg in wanted.legs]
-    assert found.legs == wanted.legs
-    assert found.requests == wanted.requests
-    assert found.calls == wanted.calls
+    wrong = differences([leg.events for leg in wanted.legs], [leg.events for leg in found.legs], "events")
+    wrong += differences(wanted.requests, found.requests, "requests")
+    wrong += differences(wanted.calls, found.calls, "calls")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_deviation_shows_somewhere() -> None:

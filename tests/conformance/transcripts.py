@@ -57,6 +57,16 @@ def normal(transcript: Transcript) -> Transcript:
     return result
 
 
+def differences(wanted: Any, found: Any, where: str = "") -> list[str]:
+    """Each place where two JSON values differ, one line each."""
+    if isinstance(wanted, dict) and isinstance(found, dict) and list(wanted) == list(found):
+        return [line for key in wanted for line in differences(wanted[key], found[key], f"{where}.{key}")]
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        pairs = enumerate(zip(wanted, found, strict=True))
+        return [line for index, pair in pairs for line in differences(*pair, f"{where}[{index}]")]
+    return [] if wanted == found else [f"{where}: wanted {wanted!r}, found {found!r}"]
+
+
 def payload(event: Json) -> Json:
     found: Json = event["event"]["payload"]
     return found

@@ -13,7 +13,7 @@ from app.domain.errors import Unavailable
 from app.domain.events import LEG_END, START, TERMINAL, Event, EventId, EventKind
 from app.domain.turns import TurnStatus
 from app.events.follow import Relay
-from app.events.log import EventLog
+from app.events.log import EventLog, channel
 from app.events.writer import EventWriter
 
 SECONDS = 10.0
@@ -146,8 +146,32 @@ async def writing(
         still_owned=owner.still_owned,
         on_lost=owner.on_lost,
     )
-    yield writer
-    await writer.abandon()
+    try:
+        yield writer
+    finally:
+        owner.may_write = True
+        await writer.finish()
+
+
+@asynccontextmanager
+async def hearing(log: EventLog, turn_id: str) -> AsyncIterator[list[Event]]:
+    """What is published for a turn, as it is published."""
+    heard: list[Event] = []
+
+    async def hear() -> None:
+        while True:
+            message = await listener.get_message(ignore_subscribe_messages=True, timeout=None)
+            if message is not None:
+                heard.extend(events.from_line(line) for line in message["data"].split("\n"))
+
+    async with log.subscriber.pubsub() as listener:
+        await listener.subscribe(channel(turn_id))
+        while not dict(await log.redis.pubsub_numsub(channel(turn_id)))[channel(turn_id)]:
+            await asyncio.sleep(0.005)
+        task = asyncio.create_task(hear())
+        yield heard
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def tail(log: EventLog, turn_id: str, after: EventId = START) -> list[Event]:
