@@ -5,6 +5,8 @@
 BIN := .venv/bin
 # A Python that a version manager or another environment put into this shell must not leak into ours.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+# Without bytecode every process compiles all its packages anew: `make demo` takes 35 s instead of 10.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile

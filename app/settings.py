@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _postgres(cls, value: SecretStr) -> SecretStr:
-        _sqlalchemy_url(value.get_secret_value())
+        sqlalchemy_url(value.get_secret_value())
         return value
 
     @field_validator("redis_url", "celery_broker_url")
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
 
     @property
     def sqlalchemy_url(self) -> URL:
-        return _sqlalchemy_url(self.database_url.get_secret_value())
+        return sqlalchemy_url(self.database_url.get_secret_value())
 
     @property
     def broker_url(self) -> str:
@@ -167,7 +167,8 @@ class Settings(BaseSettings):
         return url.replace("unix://", "redis+socket://", 1) if url.startswith("unix://") else url
 
 
-def _sqlalchemy_url(text: str) -> URL:
+def sqlalchemy_url(text: str) -> URL:
+    """A Postgres URL in SQLAlchemy's spelling. Raises ValueError: it is none."""
     try:
         url = make_url(text)
     except ArgumentError:

@@ -7,7 +7,7 @@ from celery import signals
 
 from app.dispatch import RUN_TURN
 from app.settings import get_settings
-from tasks import celery, runtime
+from tasks import celery
 
 logger = logging.getLogger(__name__)
 
@@ -15,12 +15,25 @@ logger = logging.getLogger(__name__)
 @celery.task(name=RUN_TURN, ignore_result=True)
 def run(turn_id: str) -> str:
     """Claims the turn and runs it to the end of its leg. A doorbell rung twice, late or for nothing does no harm."""
+    from tasks import runtime
+
     return runtime.current().run(turn_id)
+
+
+@signals.worker_init.connect
+def _worker_starts(**_: object) -> None:
+    """Imports the Llama Stack before any fork, so that children share it and come up soon.
+
+    Not with this module: Flower and `celery inspect` import the tasks as well, and have no use for it.
+    """
+    from tasks import runtime  # noqa: F401
 
 
 @signals.worker_process_init.connect
 def _child_starts(**_: object) -> None:
     """A prefork child takes no task before this returns."""
+    from tasks import runtime
+
     try:
         runtime.start(get_settings())
     except BaseException:
@@ -31,4 +44,6 @@ def _child_starts(**_: object) -> None:
 
 @signals.worker_process_shutdown.connect
 def _child_stops(**_: object) -> None:
+    from tasks import runtime
+
     runtime.stop()

@@ -10,13 +10,11 @@ def migrate() -> None:
     from app.settings import get_settings
 
     url = get_settings().sqlalchemy_url
-    from sqlalchemy.exc import SQLAlchemyError
-
+    from app.domain.errors import Unavailable
     from app.store import migrate as store
 
     try:
         store.upgrade(url)
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-        raise CommandError(f"the database was not migrated (DATABASE_URL): {reason}") from None
+    except Unavailable as error:
+        raise CommandError(f"the database was not migrated: {error}") from None
     print(f"the database has revision {store.head()}")

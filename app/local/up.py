@@ -95,11 +95,10 @@ class Installation:
         self.environment_file.write_text("".join(lines))
 
     def _migrate(self) -> None:
-        from sqlalchemy.engine import make_url
-
+        from app.settings import sqlalchemy_url
         from app.store import migrate
 
-        migrate.upgrade(make_url(self.postgres.url).set(drivername="postgresql+psycopg2"))
+        migrate.upgrade(sqlalchemy_url(self.postgres.url))
 
     def _programs(self) -> list[program.Program]:
         environment = self.environment()
@@ -116,12 +115,11 @@ class Installation:
         return lambda: bool(self._live_workers() - before)
 
     def _live_workers(self) -> set[str]:
-        from sqlalchemy.engine import make_url
-
+        from app.settings import sqlalchemy_url
         from app.store import Store
         from app.store.workers import live_workers
 
-        store = Store(make_url(self.postgres.url).set(drivername="postgresql+psycopg2"), pool_size=1, name="up")
+        store = Store(sqlalchemy_url(self.postgres.url), pool_size=1, name="up")
         try:
             return {worker.worker_id for worker in store.transact(live_workers)}
         finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, exists, func, insert, select, text, true, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, text, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import AttemptLost, TurnFailure
@@ -195,6 +195,7 @@ _START_CALL = (
         index_elements=["turn_id", "ordinal", "index"], set_={"fence": bindparam("fence"), "started_at": _NOW}
     )
 )
+_FORGET_CALLS = delete(tool_calls).where(tool_calls.c.turn_id == bindparam("of_turn"), tool_calls.c.result.is_(None))
 _FINISH_CALL = (
     update(tool_calls)
     .where(
@@ -231,6 +232,8 @@ def record(
         values["resolved"] = resolved
     if events:
         values |= {"last_fence": events[-1].id.fence, "last_n": events[-1].id.n, "tail_lost": False}
+    if started_calls and not values:
+        values["worker_id"] = claim.worker_id  # changes nothing, and needs the fence like every other write
     if values and not _fenced_update(connection, claim, values, events):
         return _advanced(claim, events, step, resolved)
     if step is not None:
@@ -305,8 +308,11 @@ def _advanced(
     )
 
 
-def hand_over(connection: Connection, claim: Claim, events: Sequence[Event]) -> bool:
-    """Puts an owned turn back to queued, at no cost to its failures; False if it is no longer owned."""
+def hand_over(connection: Connection, claim: Claim, events: Sequence[Event], *, between_steps: bool = False) -> bool:
+    """Puts an owned turn back to queued, at no cost to its failures; False if it is no longer owned.
+
+    `between_steps`: no tool call is in flight, so those noted as about to be made are forgotten: none was made.
+    """
     values: dict[str, Any] = {
         "status": TurnStatus.QUEUED,
         "fence": turns.c.fence + 1,
@@ -321,6 +327,8 @@ def hand_over(connection: Connection, claim: Claim, events: Sequence[Event]) -> 
             add_segment(connection, claim.turn_id, events)
     except AttemptLost:
         return False
+    if between_steps:
+        connection.execute(_FORGET_CALLS, {"of_turn": claim.turn_id})
     return True
 
 

@@ -11,7 +11,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
+
+from app.domain.errors import Unavailable
 
 _LOCK = 0x6361_7261_7661_6E  # "caravan": two processes that start together migrate one after the other
 
@@ -37,10 +40,16 @@ def current(connection: Connection) -> str | None:
 def upgrade(url: URL | str) -> None:
     """Migrates the database at `url` to `head`, under an advisory lock; does nothing if it is there already.
 
-    Raises sqlalchemy.exc.OperationalError: the database cannot be reached.
+    Raises Unavailable: the database cannot be reached.
     """
     engine = create_engine(url, poolclass=NullPool)
-    with engine.connect() as connection:
+    try:
+        connection = engine.connect()
+    except OperationalError as error:
+        raise Unavailable(
+            f"Postgres is not available (DATABASE_URL): {str(error.orig).strip().partition('\n')[0]}"
+        ) from error
+    with connection:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
         connection.commit()
         try:

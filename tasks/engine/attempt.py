@@ -135,7 +135,7 @@ class Attempt:
         if self._stop == "drop":
             return "lost"
         if self._stop == "hand over":
-            return await self._hand_over()
+            return await self._hand_over(between_steps=False)
         if datetime.now(UTC) >= self._claim.deadline_at:
             return await self._fail(overdue_failure())
         return await self._fail(TurnFailure("cancelled", "Cancelled."))
@@ -168,7 +168,7 @@ class Attempt:
         await self._resolve()
         while True:
             if self._draining:
-                return await self._hand_over()
+                return await self._hand_over(between_steps=True)
             action = decide(self._config, self._journal, self._responses)
             match action:
                 case Infer():
@@ -355,10 +355,10 @@ class Attempt:
         logger.warning("the turn %s: %s", status, failure)
         return "cancelled" if cancelled else "failed"
 
-    async def _hand_over(self) -> Outcome:
+    async def _hand_over(self, *, between_steps: bool) -> Outcome:
         self._writer.forget_staged()
         segment = self._writer.unrecorded()
-        handed = await self._given.store.run(claims.hand_over, self._claim, segment)
+        handed = await self._given.store.run(claims.hand_over, self._claim, segment, between_steps=between_steps)
         return "handed over" if handed else "lost"
 
     async def _record(self, **what: Any) -> None:

@@ -104,10 +104,14 @@ class Process:
     def wait_until_listening(self, port: int, timeout: float) -> None:
         wait_until(lambda: self.lives() and accepts_connections(port), timeout, every=0.02)
 
+    def state(self) -> str:
+        status = self._popen.poll()
+        return "running" if status is None else f"ended with status {status}"
+
     def lives(self) -> bool:
         """Raises RuntimeError, with the end of its log, if it has ended."""
         if self._popen.poll() is not None:
-            raise RuntimeError(f"{self.name} ended with status {self._popen.returncode}:\n{self.log_tail()}")
+            raise RuntimeError(f"{self.name} {self.state()}:\n{self.log_tail()}")
         return True
 
 

@@ -50,11 +50,14 @@ class System(ABC):
             self._start_data()
             self.restart()
         except BaseException:
+            self._show_logs()
             self._stop()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and kind is not SystemExit:
+            self._show_logs()
         self._stop()
 
     def restart(self) -> None:
@@ -89,6 +92,10 @@ class System(ABC):
 
     @abstractmethod
     def _start_own(self) -> None: ...
+
+    def _show_logs(self) -> None:
+        for role, process in self.processes.items():
+            print(f"--- {self.name}: {role}, {process.state()}\n{process.log_tail()}", file=sys.stderr)
 
     def _stop(self) -> None:
         self._stop_own()

@@ -7,7 +7,6 @@ pytest-celery's fixtures would then configure, with settings that a test run doe
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-
 from typing import TYPE_CHECKING
 
 import pytest

@@ -197,7 +197,9 @@ DEVIATIONS: dict[str, Deviation] = {
         "ChatAgent reports even server tools as awaiting input, and so the SDK tries to run them.",
         _no_open_calls,
     ),
-    "toolgroups stay": Deviation("ChatAgent forgets a turn's own toolgroups when the turn is resumed.", _toolgroups_stay),
+    "toolgroups stay": Deviation(
+        "ChatAgent forgets a turn's own toolgroups when the turn is resumed.", _toolgroups_stay
+    ),
     "open calls are closed": Deviation(
         "Model servers refuse a history with a tool call that was never answered; ChatAgent sends it.",
         _open_calls_are_closed,

@@ -103,7 +103,9 @@ SCRIPTS: dict[str, Script] = {
     ),
     "out of iterations with text": one("SAY x", max_infer_iters=1),
     "a turn after one out of iterations": Script(
-        (Ask(ADD), Ask("SAY next")), CALC | {"max_infer_iters": 1}, ("no open calls at the end", "open calls are closed")
+        (Ask(ADD), Ask("SAY next")),
+        CALC | {"max_infer_iters": 1},
+        ("no open calls at the end", "open calls are closed"),
     ),
     "iterations over two legs": Script(
         (Ask(f"{ASK} | {ASK} | SAY x"), Answer({"ask_user": "one"})),
@@ -131,7 +133,9 @@ SCRIPTS: dict[str, Script] = {
         'CALLID same add {"a": 1, "b": 2} & CALLID same echo {"text": "x"} | SAY x', "call ids are unique", **CALC
     ),
     "a call without arguments": Script(
-        (Ask("CALLBAD ask_user | SAY x"), Answer({"ask_user": "because"})), CLIENT, ("no arguments are {}", "own step ids")
+        (Ask("CALLBAD ask_user | SAY x"), Answer({"ask_user": "because"})),
+        CLIENT,
+        ("no arguments are {}", "own step ids"),
     ),
     # Documents
     "documents": Script((Ask("SAY x", documents=(NOTE, MORE)),), {}, ("input is not mutated",)),

@@ -93,7 +93,11 @@ async def test_a_drained_turn_goes_on_with_the_tools_that_were_asked_for(
     assert engine.seeds.column(turn_id, "failures") == 0
     assert await outcome(engine.attempt(turn_id)) == "completed"
     assert_contiguous(engine.events(turn_id))
-    assert [step["step_type"] for step in engine.seeds.row(turn_id).steps] == ["inference", "tool_execution", "inference"]
+    assert [step["step_type"] for step in engine.seeds.row(turn_id).steps] == [
+        "inference",
+        "tool_execution",
+        "inference",
+    ]
     assert engine.seeds.row(turn_id).steps[1]["tool_responses"][0]["content"] == "3"
     assert len(world.called("add")) == 1
 
@@ -165,12 +169,8 @@ async def test_recording_outlasts_an_outage_of_postgres(store: Store, log: Event
     assert len(world.called("add")) == 1
 
 
-@pytest.mark.parametrize(
-    "script", ["HOLD stop | SAY x", "PART some words | HOLD stop | SAY x", "CALL wait | SAY x"]
-)
-async def test_a_cancelled_turn_ends_at_once(
-    tools: Tools, world: World, model: ScriptedModel, script: str
-) -> None:
+@pytest.mark.parametrize("script", ["HOLD stop | SAY x", "PART some words | HOLD stop | SAY x", "CALL wait | SAY x"])
+async def test_a_cancelled_turn_ends_at_once(tools: Tools, world: World, model: ScriptedModel, script: str) -> None:
     """In the model's silence, in mid-stream or in a tool: a terminal event, and the connection to the model closed."""
     engine = ours(tools, world)
     turn_id = engine.accept(Ask(script))
@@ -195,7 +195,9 @@ async def test_a_turn_cancelled_past_its_deadline_timed_out(tools: Tools, world:
     """The heartbeat stops it like a cancelled one; the error says why."""
     engine = ours(tools, world)
     turn_id = engine.accept(Ask("HOLD late | SAY x"))
-    engine.seeds.scalar("UPDATE turns SET deadline_at = now() - interval '1 s' WHERE turn_id = :id RETURNING 1", id=turn_id)
+    engine.seeds.scalar(
+        "UPDATE turns SET deadline_at = now() - interval '1 s' WHERE turn_id = :id RETURNING 1", id=turn_id
+    )
     attempt = engine.attempt(turn_id)
     running = asyncio.create_task(outcome(attempt))
     await held(model, "late")
@@ -224,9 +226,7 @@ async def slow_log(redis_url: str) -> AsyncIterator[SlowLog]:
     await opened.close()
 
 
-async def test_a_turn_cancelled_while_it_is_taken_over_ends(
-    store: Store, slow_log: SlowLog, world: World
-) -> None:
+async def test_a_turn_cancelled_while_it_is_taken_over_ends(store: Store, slow_log: SlowLog, world: World) -> None:
     """Redis hangs as the attempt begins: nobody else will ever end the turn of a live worker."""
     engine = ours(engine_tools(store, slow_log, world), world)
     turn_id = engine.accept(Ask("SAY x"))

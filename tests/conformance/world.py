@@ -49,7 +49,9 @@ class World:
     async def invoke_tool(self, tool_name: str, kwargs: dict[str, Any]) -> ToolInvocationResult:
         self.calls.append((tool_name, dict(kwargs)))
         result = getattr(self, f"_{tool_name}")
-        given: ToolInvocationResult = await result(**{key: value for key, value in kwargs.items() if key != "session_id"})
+        given: ToolInvocationResult = await result(
+            **{key: value for key, value in kwargs.items() if key != "session_id"}
+        )
         return given
 
     def called(self, name: str) -> Sequence[dict[str, Any]]:

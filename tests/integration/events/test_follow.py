@@ -160,9 +160,7 @@ async def test_a_jump_in_what_is_published_sends_the_follower_to_the_log(
     await follower.close()
 
 
-async def test_a_full_buffer_sends_the_follower_to_the_log(
-    log: EventLog, records: MemoryRecords, turn_id: str
-) -> None:
+async def test_a_full_buffer_sends_the_follower_to_the_log(log: EventLog, records: MemoryRecords, turn_id: str) -> None:
     """A slow client costs a bounded amount of memory, and loses nothing."""
     events = [*made(200), terminal(made(200)[-1].id)]
     await log.raise_fence(turn_id, 1, START)

@@ -78,7 +78,9 @@ class Seeds:
     def kill(self, worker_id: str) -> None:
         """The worker died a while ago, and somebody found out."""
         with self.store.engine.begin() as connection:
-            dead = text("UPDATE workers SET lease_until = now() - interval '1 s', dead_at = now() WHERE worker_id = :id")
+            dead = text(
+                "UPDATE workers SET lease_until = now() - interval '1 s', dead_at = now() WHERE worker_id = :id"
+            )
             connection.execute(dead, {"id": worker_id})
 
     def lose_worker(self, claim: Claim, max_losses: int = 3) -> tuple[str | None, Ended | None]:

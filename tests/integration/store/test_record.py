@@ -56,7 +56,9 @@ def everything_stored(seeds: Seeds, turn_id: str) -> list[Any]:
     """All rows of a turn, as text."""
     with seeds.store.engine.begin() as connection:
         return [
-            connection.execute(text(f"SELECT {table}::text FROM {table} WHERE turn_id = :id ORDER BY 1"), {"id": turn_id})
+            connection.execute(
+                text(f"SELECT {table}::text FROM {table} WHERE turn_id = :id ORDER BY 1"), {"id": turn_id}
+            )
             .scalars()
             .all()
             for table in ("turns", "journal", "tool_calls", "event_segments")

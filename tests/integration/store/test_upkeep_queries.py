@@ -216,7 +216,11 @@ def test_concurrent_upkeep_rings_a_turn_once(seeds: Seeds) -> None:
     for turn_id in due:
         seeds.age(turn_id, "rung_at", 100)
     with ThreadPoolExecutor(6) as pool:
-        rung = [turn_id for found in pool.map(lambda _: seeds.store.transact(workers.to_ring), range(6)) for turn_id in found]
+        rung = [
+            turn_id
+            for found in pool.map(lambda _: seeds.store.transact(workers.to_ring), range(6))
+            for turn_id in found
+        ]
     mine = [turn_id for turn_id in rung if turn_id in due]
     assert sorted(mine) == sorted(due)
 
@@ -317,7 +321,9 @@ def test_long_dead_workers_are_forgotten_unless_a_turn_names_them(seeds: Seeds) 
     seeds.complete(seeds.claimed(worker_id=used))
     for worker_id in (idle, used):
         seeds.kill(worker_id)
-        seeds.scalar("UPDATE workers SET dead_at = now() - interval '2 h' WHERE worker_id = :id RETURNING 1", id=worker_id)
+        seeds.scalar(
+            "UPDATE workers SET dead_at = now() - interval '2 h' WHERE worker_id = :id RETURNING 1", id=worker_id
+        )
     seeds.store.transact(workers.forget_dead_workers)
     left = "SELECT count(*) FROM workers WHERE worker_id = :id"
     assert [seeds.scalar(left, id=worker_id) for worker_id in (idle, used)] == [0, 1]
