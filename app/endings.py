@@ -35,6 +35,5 @@ class Endings:
         """After the commit: publishes terminal events, and rings the next turn of each session."""
         for one in ended:
             self.log.publish_end(one.turn_id, one.events)
-            following = self.store.transact(turns.next_in_session, one.session_id)
-            if following is not None:
-                self.doorbell.ring(following)
+            if one.following is not None:
+                self.doorbell.ring(one.following)

@@ -16,11 +16,11 @@ import uvloop
 from redis.exceptions import RedisError
 
 from app.dispatch import Doorbell
-from app.domain.errors import CaravanError, Unavailable
+from app.domain.errors import CaravanError
 from app.endings import Endings
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings
-from app.store import Store, claims, turns
+from app.store import Store, claims
 from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
 from tasks.engine.attempt import Attempt, Tools
@@ -124,8 +124,9 @@ class Runtime:
             finally:
                 del self._running[turn_id]
             logger.info("attempt %d: %s", claim.fence, outcome)
-            if outcome != "awaiting_input":
-                await self._ring_next(claim.session_id)
+            to_ring = turn_id if outcome == "handed over" else attempt.following
+            if to_ring is not None:
+                await asyncio.to_thread(self._doorbell.ring, to_ring)
             return outcome
 
     async def _keep_registry_current(self, version: int) -> None:
@@ -138,12 +139,6 @@ class Runtime:
                 self._registry_version = version
             except psycopg2.Error as error:
                 logger.warning("the Llama Stack's registry cannot be read, the next turn tries again: %s", error)
-
-    async def _ring_next(self, session_id: str) -> None:
-        with contextlib.suppress(Unavailable):  # upkeep rings
-            following = await self._store.run(turns.next_in_session, session_id)
-            if following is not None:
-                await asyncio.to_thread(self._doorbell.ring, following)
 
     async def _touch(self) -> None:
         while True:

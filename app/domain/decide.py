@@ -92,11 +92,16 @@ def _after_tool_calls(
     )
 
 
+def tool_name(call: ToolCall) -> str:
+    """The name as the model said it: llama_stack makes an enum member of `code_interpreter` and its like."""
+    return str(getattr(call.tool_name, "value", call.tool_name))
+
+
 def split_calls(config: AgentConfig, message: CompletionMessage) -> tuple[list[ToolCall], list[tuple[int, ToolCall]]]:
     """(the client's calls, the server's calls with their index in the message)."""
     client_tools = {tool.name for tool in config.client_tools or []}
-    client = [call for call in message.tool_calls if call.tool_name in client_tools]
-    server = [(index, call) for index, call in enumerate(message.tool_calls) if call.tool_name not in client_tools]
+    client = [call for call in message.tool_calls if tool_name(call) in client_tools]
+    server = [(index, call) for index, call in enumerate(message.tool_calls) if tool_name(call) not in client_tools]
     return client, server
 
 

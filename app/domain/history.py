@@ -20,16 +20,15 @@ from llama_stack.apis.inference import (
 UNANSWERED = "The outcome of this tool call is unknown: the turn ended before it was answered."
 
 
-def system_messages(config: AgentConfig) -> list[Message]:
-    return [SystemMessage(content=config.instructions)] if config.instructions else []
+def conversation(config: AgentConfig, turns: Iterable[tuple[Sequence[Message], Sequence[Step]]]) -> list[Message]:
+    """The instructions, then each turn, given as (input messages, steps), the current one last.
 
-
-def past_messages(turns: Iterable[tuple[Sequence[Message], Sequence[Step]]]) -> list[Message]:
-    """Earlier turns, each as (input messages, steps), with unanswered calls completed."""
-    messages: list[Message] = []
+    A turn may answer the calls of the one before it, by a tool response among its input messages.
+    """
+    messages: list[Message] = [SystemMessage(content=config.instructions)] if config.instructions else []
     for input_messages, steps in turns:
-        messages.extend(complete(turn_messages(input_messages, steps)))
-    return messages
+        messages.extend(turn_messages(input_messages, steps))
+    return complete(messages)
 
 
 def turn_messages(input_messages: Sequence[Message], steps: Sequence[Step]) -> list[Message]:

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import AttemptLost, TurnFailure
 from app.domain.events import Event, EventId
-from app.domain.turns import TurnStatus
+from app.domain.turns import ENDED, TurnStatus
 from app.store.tables import (
     UNFINISHED_SQL,
     agents,
@@ -28,7 +28,7 @@ from app.store.tables import (
     turns,
     workers,
 )
-from app.store.turns import add_segment, read_steps
+from app.store.turns import add_segment, next_in_session, read_steps
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Claim:
     started_at: datetime
     deadline_at: datetime
     registry_version: int
+    following: str | None = None
+    """After the turn's end: the session's next turn, if it is queued and is to be rung."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[tuple[int, int], LedgerEntry] = field(default_factory=dict)
     past: list[PastTurn] = field(default_factory=list)
@@ -109,7 +111,6 @@ _CLAIM = (
         claimed_at=_NOW,
         started_at=func.coalesce(turns.c.started_at, _NOW),
         deadline_at=func.coalesce(turns.c.deadline_at, _NOW + seconds(bindparam("timeout"))),
-        cancel_requested_at=None,
     )
     .returning(turns)
 )
@@ -245,7 +246,8 @@ def record(
         _start_call(connection, claim, ordinal, index)
     if result is not None:
         _finish_call(connection, claim, *result)
-    return _advanced(claim, events, step, resolved)
+    following = next_in_session(connection, claim.session_id) if end and end.status in ENDED else None
+    return replace(_advanced(claim, events, step, resolved), following=following)
 
 
 def _fenced_update(connection: Connection, claim: Claim, values: dict[str, Any], events: Sequence[Event]) -> bool:

@@ -50,11 +50,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ended:
-    """A turn was ended from outside: what is to be published, after `after`, with `fence`."""
+    """A turn was ended from outside: the events to publish, and the session's next turn if it is to be rung."""
 
     turn_id: str
-    session_id: str
     events: list[Event]
+    following: str | None
 
 
 _TAKE_NUMBER = (
@@ -134,6 +134,7 @@ def resume(connection: Connection, turn_id: str, session_id: str, responses: lis
             tool_responses={**row.tool_responses, str(ordinal): responses},
             output_message=None,
             completed_at=None,
+            cancel_requested_at=None,
             deadline_at=None,
             queued_at=func.clock_timestamp(),
             rung_at=func.clock_timestamp(),
@@ -247,7 +248,7 @@ def end(
             deadline_at=None,
         )
     )
-    return Ended(turn_id, row.session_id, terminal)
+    return Ended(turn_id, terminal, next_in_session(connection, row.session_id))
 
 
 _ADD_SEGMENT = insert(event_segments)

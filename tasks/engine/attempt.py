@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 from redis.exceptions import RedisError
 
 from app.domain import events, history, shapes
-from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide
+from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide, tool_name
 from app.domain.errors import AttemptLost, TurnFailure, Unavailable
 from app.domain.events import LOST_TAIL_LEAP, Event, EventKind
 from app.domain.turns import ENDED, TurnStatus
@@ -75,6 +75,7 @@ class Attempt:
         self._task: asyncio.Task[Outcome] | None = None
         self._stop: Literal["cancel", "drop", "hand over"] | None = None
         self._draining = False
+        self._started_calls: set[tuple[int, int]] = set()
         self.done = asyncio.Event()
 
     def cancel(self) -> None:
@@ -96,6 +97,11 @@ class Attempt:
             self._stop = reason
             self._task.cancel()
 
+    @property
+    def following(self) -> str | None:
+        """Once the turn has ended: the session's next turn, if it is to be rung."""
+        return self._claim.following
+
     async def run(self) -> Outcome:
         """To the end of the leg. Never raises."""
         self._task = asyncio.create_task(self._guarded(), name=f"turn {self._claim.turn_id}")
@@ -106,10 +112,15 @@ class Attempt:
             self.done.set()
 
     async def _guarded(self) -> Outcome:
+        taking = asyncio.create_task(self._take_over())
         try:
-            await self._take_over()
-        except (AttemptLost, asyncio.CancelledError):
+            await asyncio.shield(taking)
+        except AttemptLost:
             return "lost"
+        except asyncio.CancelledError:
+            # What is to be written about the end comes behind what a dead attempt left, so taking over goes on.
+            if self._stop == "drop" or not await _succeeded(taking):
+                return "lost"
         try:
             return await self._until_it_ends()
         except AttemptLost as lost:
@@ -120,7 +131,7 @@ class Attempt:
 
     async def _until_it_ends(self) -> Outcome:
         try:
-            return await self._steps_of_leg()
+            return await (self._stopped() if self._stop else self._steps_of_leg())
         except asyncio.CancelledError:
             return await self._stopped()
         except TurnFailure as failure:
@@ -209,7 +220,9 @@ class Attempt:
         if isinstance(following, AwaitInput | Finish):
             return await self._end_leg(following, following.message, step)
         calls = following.calls if isinstance(following, RunTools) else ()
-        await self._record_step(step, started_calls=[(len(self._journal), index) for index, _ in calls])
+        started = [(len(self._journal), index) for index, _ in calls]
+        await self._record_step(step, started_calls=started)
+        self._started_calls.update(started)
         return None
 
     async def _ask_model(self, step_id: str) -> CompletionMessage:
@@ -236,14 +249,13 @@ class Attempt:
         if self._resolved.context:
             content = _with_context(inputs[-1].content, self._resolved.context)
             inputs[-1] = inputs[-1].model_copy(update={"content": content})
-        current = history.complete(history.turn_messages(inputs, self._journal))
-        return [*history.system_messages(self._config), *history.past_messages(past), *current]
+        return history.conversation(self._config, [*past, (inputs, self._journal)])
 
     async def _run_tools(self, action: RunTools) -> None:
         """All calls at once; their steps are recorded and published in the order that the model asked in."""
-        again = [(action.ordinal, index) for index, _ in action.calls if self._to_start(action.ordinal, index)]
-        if again:
-            await self._record(started_calls=again)
+        to_start = [(action.ordinal, index) for index, _ in action.calls if self._to_start(action.ordinal, index)]
+        if to_start:
+            await self._record(started_calls=to_start)
         running = {
             index: asyncio.create_task(self._call_tool(action.ordinal, index, call)) for index, call in action.calls
         }
@@ -258,12 +270,17 @@ class Attempt:
             await asyncio.gather(*running.values(), return_exceptions=True)
 
     def _to_start(self, ordinal: int, index: int) -> bool:
-        """Whether to note a call as made by this attempt: it was in flight when its worker died, and is repeated."""
+        """Whether a call is still to be noted as made by this attempt, which must come before it is made.
+
+        It was never made (the turn was handed over before), or was in flight when its worker died and is repeated.
+        """
+        if (ordinal, index) in self._started_calls:
+            return False
         entry = self._claim.ledger.get((ordinal, index))
-        return entry is not None and entry.result is None and self._repeatable(ordinal, index)
+        return entry is None or (entry.result is None and self._repeatable(ordinal, index))
 
     def _repeatable(self, ordinal: int, index: int) -> bool:
-        return self._journal[ordinal].model_response.tool_calls[index].tool_name in tools.REPEATABLE
+        return tool_name(self._journal[ordinal].model_response.tool_calls[index]) in tools.REPEATABLE
 
     async def _call_tool(self, ordinal: int, index: int, call: ToolCall) -> tuple[ToolResponse, datetime]:
         """The call's response, from the ledger if it is there; recorded at once if its step cannot be yet."""
@@ -358,7 +375,7 @@ class Attempt:
     async def _hand_over(self, *, between_steps: bool) -> Outcome:
         self._writer.forget_staged()
         segment = self._writer.unrecorded()
-        handed = await self._given.store.run(claims.hand_over, self._claim, segment, between_steps=between_steps)
+        handed = await self._persistently(claims.hand_over, segment, between_steps=between_steps)
         return "handed over" if handed else "lost"
 
     async def _record(self, **what: Any) -> None:
@@ -374,13 +391,22 @@ class Attempt:
                 self._writer.recorded(segment, final="end" in what and what["end"].status in ENDED)
 
     async def _persist(self, segment: list[Event], **what: Any) -> Claim:
+        """Raises AttemptLost."""
+        return await self._persistently(claims.record, segment, **what)
+
+    async def _persistently(self, write: Callable[..., Any], segment: list[Event], **what: Any) -> Any:
         """Tries until Postgres answers. Raises AttemptLost."""
         while True:
             try:
-                return await self._given.store.run(claims.record, self._claim, segment, **what)
+                return await self._given.store.run(write, self._claim, segment, **what)
             except Unavailable as error:
                 logger.warning("nothing can be recorded, trying again: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _succeeded(task: asyncio.Task[None]) -> bool:
+    await asyncio.wait([task])
+    return task.exception() is None
 
 
 def _turn_config(claim: Claim) -> AgentConfig:

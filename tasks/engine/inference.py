@@ -103,4 +103,4 @@ def model_failure(error: Exception) -> TurnFailure:
     status = getattr(error, "status_code", None)
     if isinstance(status, int):
         return TurnFailure("model_error", f"{status}: {error}", status)
-    return TurnFailure("model_error", f"The model server failed (INFERENCE_URL): {error or type(error).__name__}")
+    return TurnFailure("model_error", f"The model server failed (INFERENCE_URL): {str(error) or type(error).__name__}")

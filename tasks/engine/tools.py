@@ -16,6 +16,7 @@ from llama_stack.apis.common.content_types import URL, TextContentItem
 from llama_stack.apis.inference import ToolCall, ToolResponse
 from pydantic import BaseModel, TypeAdapter
 
+from app.domain.decide import tool_name
 from app.domain.errors import TurnFailure
 from tasks.engine.messages import OpenAITool
 from tasks.stack import LlamaStack
@@ -164,10 +165,10 @@ async def call(
     stack: LlamaStack, resolved: Resolved, session_id: str, tool_call: ToolCall, timeout_seconds: float
 ) -> ToolResponse:
     """Makes one call. Whatever goes wrong is the response."""
-    tool = next((tool for tool in resolved.tools if tool.name == tool_call.tool_name), None)
+    tool = next((tool for tool in resolved.tools if tool.name == tool_name(tool_call)), None)
     if tool is None:
         known = ", ".join(tool.name for tool in resolved.tools) or "none"
-        return failed(tool_call, f"There is no tool {tool_call.tool_name}. Tools: {known}.")
+        return failed(tool_call, f"There is no tool {tool_name(tool_call)}. Tools: {known}.")
     try:
         arguments = json.loads(tool_call.arguments)
     except json.JSONDecodeError as error:

@@ -266,7 +266,7 @@ def reaped(engine: Ours, claim: Claim) -> None:
 
 
 async def test_a_dead_workers_steps_are_not_made_again(tools: Tools, world: World, model: ScriptedModel) -> None:
-    """The next attempt goes on after the last recorded step; what clients saw of the unfinished one stays in the log."""
+    """The next attempt goes on after the last recorded step; what clients saw of the unfinished one stays."""
     engine = ours(tools, world)
     turn_id = engine.accept(Ask(f"{ADD} | PART some | HOLD dead | SAY words"))
     claim = engine.claim(turn_id)
@@ -304,6 +304,27 @@ async def test_a_call_in_flight_when_its_worker_died_is_not_made_again(
     assert "unknown" in responses[0]
     assert responses[1] == "3"
     assert [len(world.called(name)) for name in ("wait", "add")] == [1, 1]
+
+
+async def test_a_drain_does_not_forget_a_call_that_was_in_flight_when_an_earlier_worker_died(
+    tools: Tools, world: World, model: ScriptedModel
+) -> None:
+    """The attempt in between made no call; the one before it did, and it may have had an effect."""
+    engine = ours(tools, world)
+    turn_id = engine.accept(Ask("CALL wait | SAY done"))
+    claim = engine.claim(turn_id)
+    attempt = Attempt(tools, claim)
+    running = asyncio.create_task(outcome(attempt))
+    await until(lambda: world.called("wait"))
+    await crash(attempt, running)
+    reaped(engine, claim)
+    between = engine.attempt(turn_id)
+    between.hand_over()
+    assert await outcome(between) == "handed over"
+    world.let_go.set()
+    assert await outcome(engine.attempt(turn_id)) == "completed"
+    assert len(world.called("wait")) == 1
+    assert "unknown" in engine.seeds.row(turn_id).steps[1]["tool_responses"][0]["content"]
 
 
 async def test_parallel_calls_run_at_once_and_are_recorded_in_order(tools: Tools, world: World) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from app.events.follow import Relay
 from app.events.log import EventLog
 from app.local.valkey import Valkey
-from tests.integration.events.feeds import MemoryRecords, Owner
+from tests.integration.events.feeds import MemoryRecords, Owner, subscriptions, until
 
 
 @pytest.fixture(scope="package")
@@ -62,6 +61,4 @@ async def patient_relay(log: EventLog, records: MemoryRecords) -> AsyncIterator[
 
 async def listening(log: EventLog) -> None:
     """Waits until the relay has its connection."""
-    async with asyncio.timeout(5):
-        while not dict(await log.redis.pubsub_numsub("caravan:relay"))["caravan:relay"]:
-            await asyncio.sleep(0.005)
+    await until(lambda: subscriptions(log, "caravan:relay"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -21,10 +22,21 @@ DELTA = EventKind.STEP_PROGRESS
 
 
 async def until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
-    """Returns as soon as the condition holds."""
+    """Returns as soon as the condition holds; it may be a coroutine function."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not await _holds(condition):  # noqa: ASYNC110 what is waited for is often in another process
             await asyncio.sleep(0.005)
+
+
+async def _holds(condition: Callable[[], object]) -> object:
+    answer = condition()
+    return await answer if isinstance(answer, Awaitable) else answer
+
+
+async def subscriptions(log: EventLog, name: str) -> int:
+    """How many connections listen to a channel."""
+    counted = await log.redis.pubsub_numsub(name)
+    return int(dict(counted)[name])
 
 
 def new_turn() -> str:
@@ -98,10 +110,8 @@ class Follower:
 
     async def has(self, expected: Sequence[Event], seconds: float = SECONDS) -> None:
         """Waits for as many events, and compares."""
-        try:
+        with contextlib.suppress(TimeoutError):
             await until(lambda: len(self.events) >= len(expected) or self.task.done(), seconds)
-        except TimeoutError:
-            pass
         assert self.events == list(expected)
 
     async def ended(self, seconds: float = SECONDS) -> list[Event]:
@@ -166,8 +176,7 @@ async def hearing(log: EventLog, turn_id: str) -> AsyncIterator[list[Event]]:
 
     async with log.subscriber.pubsub() as listener:
         await listener.subscribe(channel(turn_id))
-        while not dict(await log.redis.pubsub_numsub(channel(turn_id)))[channel(turn_id)]:
-            await asyncio.sleep(0.005)
+        await until(lambda: subscriptions(log, channel(turn_id)))
         task = asyncio.create_task(hear())
         yield heard
         task.cancel()
@@ -180,10 +189,10 @@ async def tail(log: EventLog, turn_id: str, after: EventId = START) -> list[Even
 
 async def tail_becomes(log: EventLog, turn_id: str, expected: Sequence[Event]) -> None:
     """Waits until the tail in Redis is as expected."""
-    found: list[Event] = []
-    try:
-        async with asyncio.timeout(SECONDS):
-            while (found := await tail(log, turn_id)) != list(expected):
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        assert found == list(expected)
+
+    async def as_expected() -> bool:
+        return await tail(log, turn_id) == list(expected)
+
+    with contextlib.suppress(TimeoutError):
+        await until(as_expected)
+    assert await tail(log, turn_id) == list(expected)

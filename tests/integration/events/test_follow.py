@@ -14,7 +14,7 @@ from app.events.follow import Relay
 from app.events.log import EventLog, channel
 from app.local.valkey import Valkey
 from tests.integration.events.conftest import listening
-from tests.integration.events.feeds import Follower, MemoryRecords, made, new_turn, terminal, until
+from tests.integration.events.feeds import Follower, MemoryRecords, made, new_turn, subscriptions, terminal, until
 
 
 @pytest.fixture
@@ -189,22 +189,25 @@ async def test_many_followers_of_a_turn_share_one_subscription(
     followers = [Follower(patient_relay, turn_id, events[index % 10].id) for index in range(50)]
     await subscribed(patient_relay, turn_id)
     await until(lambda: patient_relay.streams == 50)
-    assert dict(await log.redis.pubsub_numsub(channel(turn_id))) == {channel(turn_id): 1}
+    assert await subscriptions(log, channel(turn_id)) == 1
     await appended(log, turn_id, events[10:])
     for index, follower in enumerate(followers):
         await follower.has(events[index % 10 + 1 :])
         await follower.close()
     assert patient_relay.streams == 0
-    async with asyncio.timeout(5):
-        while dict(await log.redis.pubsub_numsub(channel(turn_id)))[channel(turn_id)]:
-            await asyncio.sleep(0.005)
+
+    async def unsubscribed() -> bool:
+        return await subscriptions(log, channel(turn_id)) == 0
+
+    await until(unsubscribed)
 
 
 async def test_followers_that_come_while_redis_is_being_connected_are_all_live(
     log: EventLog, records: MemoryRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One connection carries them all, however many ask for it before it stands."""
-    connect, gate, waiting = log.subscriber.connection_pool.get_connection, asyncio.Event(), []
+    connect: Any = log.subscriber.connection_pool.get_connection
+    gate, waiting = asyncio.Event(), list[bool]()
 
     async def slow(*args: Any, **kwargs: Any) -> Any:
         waiting.append(True)

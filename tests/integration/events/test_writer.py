@@ -67,9 +67,11 @@ async def test_what_is_recorded_is_trimmed_from_redis(log: EventLog, owner: Owne
             writer.recorded(segment)
             emit(writer, 1)
             newest = writer.unrecorded()[-1].id
-            async with asyncio.timeout(5):
-                while (await log.read(turn_id, START)).last != newest:
-                    await asyncio.sleep(0.005)
+
+            async def is_out(wanted: EventId = newest) -> bool:
+                return (await log.read(turn_id, START)).last == wanted
+
+            await until(is_out)
         assert len(await tail(log, turn_id)) <= 12
 
 

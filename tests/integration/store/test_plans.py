@@ -29,7 +29,8 @@ def crowded(store: Store) -> Iterator[Seeds]:
             """INSERT INTO sessions (session_id, agent_id, owner, name, next_number)
                SELECT gen_random_uuid(), agent_id, owner, 'bulk', 11 FROM sessions, generate_series(1, :rows / 10)
                WHERE session_id = :session""",
-            """INSERT INTO turns (turn_id, session_id, owner, number, status, request, tool_responses, queued_at, last_n)
+            """INSERT INTO turns
+                 (turn_id, session_id, owner, number, status, request, tool_responses, queued_at, last_n)
                SELECT gen_random_uuid(), session_id, owner, number, 'completed', '{}', '{}', now(), 1
                FROM sessions, generate_series(1, 10) number WHERE name = 'bulk'""",
             """INSERT INTO event_segments SELECT turn_id, 1, n, '' FROM turns, generate_series(1, 2) n

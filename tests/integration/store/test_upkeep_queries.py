@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
 
@@ -265,8 +266,11 @@ def test_a_turn_whose_predecessor_just_ended_is_not_overdue(seeds: Seeds) -> Non
     assert overdue(seeds, behind) is None
 
 
-def now(seeds: Seeds) -> object:
-    return seeds.scalar("SELECT clock_timestamp()")
+def now(seeds: Seeds) -> datetime:
+    """Postgres's."""
+    time = seeds.scalar("SELECT clock_timestamp()")
+    assert isinstance(time, datetime)
+    return time
 
 
 def test_a_turn_whose_input_never_came_is_overdue(seeds: Seeds) -> None:

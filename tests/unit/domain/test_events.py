@@ -24,7 +24,7 @@ from app.domain.events import START, Event, EventId, EventKind, StepProgress, fr
 from tests.unit.domain.journals import call, executed, inference, message
 
 any_text = st.text(st.characters(exclude_categories=()))  # lone surrogates, U+0000 and all
-sane_text = st.text(st.characters(exclude_categories=("Cs",)))
+sane_text = st.text()
 ids = st.builds(EventId, st.integers(0, 10**9 - 1), st.integers(0, 10**15 - 1))
 ODD = ['"}}}null}}}', "\u2028\u2029", "🐫👩‍👩‍👧", "a\nb\r\n\0", "\ud83d", "é\\u00e9", "</script>"]
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama_stack.apis.inference import CompletionMessage, SystemMessage, ToolResponseMessage, UserMessage
 
-from app.domain import history
-from app.domain.history import UNANSWERED, complete, past_messages, turn_messages
+from app.domain.history import UNANSWERED, complete, conversation, turn_messages
 from tests.unit.domain.journals import call, config, executed, inference, message
 
 ASK = call("ask", "k")
@@ -27,8 +26,8 @@ def answer(call_id: str, content: str = "r") -> ToolResponseMessage:
 def test_instructions_come_first_if_there_are_any() -> None:
     """An empty one is none."""
     agent = config().model_copy(update={"instructions": "Be brief."})
-    assert history.system_messages(agent) == [SystemMessage(content="Be brief.")]
-    assert history.system_messages(config()) == []
+    assert conversation(agent, []) == [SystemMessage(content="Be brief.")]
+    assert conversation(config(), []) == []
 
 
 def test_a_turn_is_its_input_and_its_steps_in_order() -> None:
@@ -74,14 +73,13 @@ def test_an_open_call_is_answered_before_the_next_message() -> None:
 def test_each_past_turn_is_completed() -> None:
     """One that was cancelled with an open call does not spoil the session."""
     turns: list[Any] = [([said("one")], [inference(message(ASK))]), ([said("two")], [])]
-    assert past_messages(turns) == [said("one"), message(ASK), answer("k", UNANSWERED), said("two")]
+    assert conversation(config(), turns) == [said("one"), message(ASK), answer("k", UNANSWERED), said("two")]
 
 
 def test_a_tool_response_given_as_a_turn_of_its_own_answers_the_call() -> None:
     """Clients before 0.1.6 do not resume: they post the response as the next turn's input."""
-    past = past_messages([([said("one")], [inference(message(ASK))])])
-    whole = [*past, *complete(turn_messages([answer("k", "because")], []))]
-    assert whole == [said("one"), message(ASK), answer("k", "because")]
+    turns: list[Any] = [([said("one")], [inference(message(ASK))]), ([answer("k", "because")], [])]
+    assert conversation(config(), turns) == [said("one"), message(ASK), answer("k", "because")]
 
 
 @st.composite

@@ -12,7 +12,6 @@ from llama_stack.apis.inference import ToolCall
 from llama_stack.apis.tools import ListToolDefsResponse, ToolDef, ToolInvocationResult
 
 from app.domain.errors import TurnFailure
-from tasks.engine import tools
 from tasks.engine.tools import Resolved, Tool, call, offered, resolve
 from tasks.stack import LlamaStack
 
@@ -132,7 +131,7 @@ async def test_a_fetched_document_is_bounded(size: int, monkeypatch: pytest.Monk
     """No more than the limit is read."""
     transport = httpx.MockTransport(lambda _: httpx.Response(200, text="x" * size))
     client = httpx.AsyncClient
-    monkeypatch.setattr(tools.httpx, "AsyncClient", lambda **kwargs: client(transport=transport, **kwargs))
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **kwargs: client(transport=transport, **kwargs))
     fetching = resolved({"documents": [{"content": {"uri": "https://x/y"}, "mime_type": "text/plain"}]})
     if size > 100:
         with pytest.raises(TurnFailure, match="over 100 bytes"):
