@@ -179,9 +179,10 @@ class Relay:
                 tail = await self._log.read(turn_id, cursor)
             except (RedisError, OSError, TimeoutError):
                 tail = None
-            if tail and tail.events and tail.events[0].after <= cursor:
-                yield _to_leg_end(tail.events)
-                cursor = _to_leg_end(tail.events)[-1].id
+            batch = _contiguous(tail.events, cursor) if tail else []
+            if batch:
+                yield batch
+                cursor = batch[-1].id
                 continue
             if tail and tail.last is not None and tail.last <= cursor and not doubtful:
                 return
@@ -229,19 +230,22 @@ class Relay:
     async def _listen(self) -> None:
         """Holds the one pub/sub connection; after each loss, subscribes anew and sends every follower to the log."""
         while True:
-            self._pubsub = self._log.subscriber.pubsub()
+            pubsub = self._log.subscriber.pubsub()
             try:
-                await self._pubsub.subscribe("caravan:relay", *self._channels)
+                asked = set(self._channels)
+                await pubsub.subscribe("caravan:relay", *asked)
+                self._pubsub = pubsub
+                await pubsub.subscribe(*(self._channels.keys() - asked), "caravan:relay")
                 while True:
-                    message = await self._pubsub.get_message(timeout=None)
+                    message = await pubsub.get_message(timeout=None)
                     if message is not None:
                         self._dispatch(message)
             except (RedisError, OSError, TimeoutError) as error:
                 logger.warning("Redis is not available (REDIS_URL), streams go on from Postgres: %s", error)
             finally:
-                with contextlib.suppress(Exception):
-                    await self._pubsub.aclose()
                 self._pubsub = None
+                with contextlib.suppress(Exception):
+                    await pubsub.aclose()
             for entry in self._channels.values():
                 entry.subscribed.clear()
             await asyncio.sleep(RETRY_SECONDS)
@@ -311,10 +315,6 @@ def _contiguous(published: Sequence[Event], cursor: EventId) -> list[Event]:
         if event.kind in LEG_END:
             break
     return batch
-
-
-def _to_leg_end(events: Sequence[Event]) -> list[Event]:
-    return _legs(events)[0]
 
 
 def _legs(events: Sequence[Event]) -> list[list[Event]]:

@@ -200,7 +200,7 @@ DEVIATIONS: dict[str, Deviation] = {
         _tool_trouble,
     ),
     "failed turns are history": Deviation(
-        "ChatAgent never stores a turn that fails in an inference; ours is stored, so its input is part of the history.",
+        "ChatAgent never stores a turn that fails in an inference; ours is, so its input is part of the history.",
         _failed_turns_are_history,
     ),
     "no session for MCP": Deviation(
