@@ -245,7 +245,7 @@ class Relay:
             finally:
                 self._pubsub = None
                 with contextlib.suppress(Exception):
-                    await pubsub.aclose()
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py has no annotation there
             for entry in self._channels.values():
                 entry.subscribed.clear()
             await asyncio.sleep(RETRY_SECONDS)
