@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class Lease(threading.Thread):
-    """`on_cancel` gets the turns to be stopped, `on_lost` is called when the lease was lost; both on the loop."""
+    """Calls back on the loop: `on_cancel` with the turns to be stopped, `on_owned` at each renewal with all turns that
+    this worker owns, `on_lost` when the lease was lost."""
 
     def __init__(
         self,
@@ -30,12 +31,14 @@ class Lease(threading.Thread):
         loop: asyncio.AbstractEventLoop,
         *,
         on_cancel: Callable[[set[str]], object],
+        on_owned: Callable[[set[str]], object],
         on_lost: Callable[[], object],
     ) -> None:
         super().__init__(name="lease", daemon=True)
         self._settings = settings
         self._loop = loop
         self._on_cancel = on_cancel
+        self._on_owned = on_owned
         self._on_lost = on_lost
         self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease")
         self._stopping = threading.Event()
@@ -90,3 +93,5 @@ class Lease(threading.Thread):
         self._valid_until = asked + self._settings.lease_seconds
         if cancelled:
             self._loop.call_soon_threadsafe(self._on_cancel, cancelled)
+        owned = self._store.transact(workers.running_turns, self.worker_id)
+        self._loop.call_soon_threadsafe(self._on_owned, owned)

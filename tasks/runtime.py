@@ -16,11 +16,11 @@ import uvloop
 from redis.exceptions import RedisError
 
 from app.dispatch import Doorbell
-from app.domain.errors import CaravanError
+from app.domain.errors import CaravanError, Unavailable
 from app.endings import Endings
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings
-from app.store import Store, claims
+from app.store import Store, claims, workers
 from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
 from tasks.engine.attempt import Attempt, Tools
@@ -42,6 +42,9 @@ class Runtime:
         self._thread = threading.Thread(target=self._loop.run_forever, name="turns", daemon=True)
         self._running: dict[str, Attempt] = {}
         self._waiting: dict[int, str] = {}
+        self._claiming: set[str] = set()
+        self._owned_unknown: set[str] = set()
+        self._disowning: set[asyncio.Task[None]] = set()
         self._registry_version = -1
         self._refreshing = asyncio.Lock()
 
@@ -53,7 +56,9 @@ class Runtime:
         self._doorbell = Doorbell()
         self._sync_log = SyncLog(self._settings.redis_url.get_secret_value())
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_SECONDS)
-        self._lease = Lease(self._settings, self._loop, on_cancel=self._cancel_all, on_lost=self._drop_all)
+        self._lease = Lease(
+            self._settings, self._loop, on_cancel=self._cancel_all, on_owned=self._reconcile, on_lost=self._drop_all
+        )
         self._lease.register()
         self._lease.start()
         self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell))
@@ -109,6 +114,13 @@ class Runtime:
         await self._log.close()
 
     async def _run(self, turn_id: str) -> str:
+        self._claiming.add(turn_id)
+        try:
+            return await self._claim_and_run(turn_id)
+        finally:
+            self._claiming.discard(turn_id)
+
+    async def _claim_and_run(self, turn_id: str) -> str:
         with turn_context(turn_id):
             claim = await self._store.run(
                 claims.claim, turn_id, self._lease.worker_id, self._settings.turn_timeout_seconds
@@ -122,7 +134,9 @@ class Runtime:
             try:
                 outcome = await attempt.run()
             finally:
-                del self._running[turn_id]
+                # After a lost lease this process may have claimed the turn again while the old attempt ended.
+                if self._running.get(turn_id) is attempt:
+                    del self._running[turn_id]
             logger.info("attempt %d: %s", claim.fence, outcome)
             to_ring = turn_id if outcome == "handed over" else attempt.following
             if to_ring is not None:
@@ -145,6 +159,24 @@ class Runtime:
             await asyncio.sleep(60)
             with contextlib.suppress(RedisError, OSError):
                 await self._log.touch(list(self._running))
+
+    def _reconcile(self, owned: set[str]) -> None:
+        """Puts back turns that this worker owns without running them, as after the reply to a claim was lost.
+
+        Seen so at two renewals in a row, so that a turn that is just being claimed or has just ended is left alone.
+        """
+        unknown = owned - self._running.keys() - self._claiming
+        for turn_id in unknown & self._owned_unknown:
+            task = asyncio.create_task(self._disown(turn_id))
+            self._disowning.add(task)
+            task.add_done_callback(self._disowning.discard)
+        self._owned_unknown = unknown
+
+    async def _disown(self, turn_id: str) -> None:
+        with contextlib.suppress(Unavailable):  # the next renewals try again
+            if await self._store.run(workers.disown, turn_id, self._lease.worker_id):
+                logger.warning("turn %s was claimed here and is not run here: it is queued again", turn_id)
+                await asyncio.to_thread(self._doorbell.ring, turn_id)
 
     def _cancel_all(self, turn_ids: set[str]) -> None:
         for turn_id in turn_ids & self._running.keys():

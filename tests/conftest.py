@@ -24,6 +24,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """As `tmp_path`, but below a folder that all may enter, and that no other pytest closes."""
+    with tempfile.TemporaryDirectory(prefix="caravan-test-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 @pytest.fixture(scope="session")
 def server_directory() -> Iterator[Path]:
     """A folder that all may enter: as root, Postgres has an account of its own; pytest's folders are private."""

@@ -163,11 +163,14 @@ class Relay:
         return standing is None or (standing[0] == TurnStatus.AWAITING_INPUT and standing[1] <= last.id)
 
     async def _ended_at(self, turn_id: str, cursor: EventId) -> bool:
-        """Whether the turn ended with an event that the follower has. Raises NotFound: its row is gone."""
+        """Whether nothing comes after what the follower has, unless somebody resumes the turn.
+
+        Raises NotFound: its row is gone.
+        """
         standing = (await self._persistently(lambda: self._records.standings([turn_id]))).get(turn_id)
         if standing is None:
             raise NotFound("Turn", turn_id)
-        return standing[0] in ENDED and standing[1] <= cursor
+        return standing[0] in (*ENDED, TurnStatus.AWAITING_INPUT) and standing[1] <= cursor
 
     async def _replay(self, turn_id: str, cursor: EventId, *, doubtful: bool) -> AsyncIterator[list[Event]]:
         """The events from the cursor on, from Redis and Postgres, until they reach the end of what is known.

@@ -33,10 +33,11 @@ from app.store.turns import add_segment, next_in_session, read_steps
 
 @dataclass(frozen=True)
 class PastTurn:
-    """An earlier turn of the session: its input messages and its steps, as JSON."""
+    """An earlier turn of the session: its input messages and its steps, as JSON; the text of its documents."""
 
     messages: list[dict[str, Any]]
     steps: list[dict[str, Any]]
+    context: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Claim:
 
     turn_id: str
     session_id: str
+    number: int
     agent_id: str
     owner: str
     worker_id: str
@@ -120,7 +122,7 @@ _CONTEXT = (
     .where(sessions.c.session_id == bindparam("of_session"))
 )
 _PAST = (
-    select(turns.c.turn_id, turns.c.request)
+    select(turns.c.turn_id, turns.c.request, turns.c.resolved["context"].as_string().label("context"))
     .where(turns.c.session_id == bindparam("of_session"), turns.c.number < bindparam("before"))
     .order_by(turns.c.number)
 )
@@ -140,6 +142,7 @@ def claim(connection: Connection, turn_id: str, worker_id: str, timeout_seconds:
     return Claim(
         turn_id=row.turn_id,
         session_id=row.session_id,
+        number=row.number,
         agent_id=context.agent_id,
         owner=row.owner,
         worker_id=worker_id,
@@ -165,7 +168,7 @@ def _recorded(connection: Connection, row: Row[Any]) -> dict[str, Any]:
     steps = read_steps(connection, with_steps) if with_steps else {}
     return {
         "steps": steps.get(row.turn_id, []),
-        "past": [PastTurn(each.request["messages"], steps[each.turn_id]) for each in earlier],
+        "past": [PastTurn(each.request["messages"], steps[each.turn_id], each.context or "") for each in earlier],
         "ledger": {(each.ordinal, each.index): LedgerEntry(each.fence, each.result) for each in entries},
     }
 
@@ -196,7 +199,11 @@ _START_CALL = (
         index_elements=["turn_id", "ordinal", "index"], set_={"fence": bindparam("fence"), "started_at": _NOW}
     )
 )
-_FORGET_CALLS = delete(tool_calls).where(tool_calls.c.turn_id == bindparam("of_turn"), tool_calls.c.result.is_(None))
+_FORGET_CALLS = delete(tool_calls).where(
+    tool_calls.c.turn_id == bindparam("of_turn"),
+    tool_calls.c.fence == bindparam("with_fence"),
+    tool_calls.c.result.is_(None),
+)
 _FINISH_CALL = (
     update(tool_calls)
     .where(
@@ -246,7 +253,7 @@ def record(
         _start_call(connection, claim, ordinal, index)
     if result is not None:
         _finish_call(connection, claim, *result)
-    following = next_in_session(connection, claim.session_id) if end and end.status in ENDED else None
+    following = next_in_session(connection, claim.session_id, claim.number) if end and end.status in ENDED else None
     return replace(_advanced(claim, events, step, resolved), following=following)
 
 
@@ -313,7 +320,7 @@ def _advanced(
 def hand_over(connection: Connection, claim: Claim, events: Sequence[Event], *, between_steps: bool = False) -> bool:
     """Puts an owned turn back to queued, at no cost to its failures; False if it is no longer owned.
 
-    `between_steps`: no tool call is in flight, so those noted as about to be made are forgotten: none was made.
+    `between_steps`: this attempt has no tool call in flight, so those that it noted as about to be made are forgotten.
     """
     values: dict[str, Any] = {
         "status": TurnStatus.QUEUED,
@@ -330,7 +337,7 @@ def hand_over(connection: Connection, claim: Claim, events: Sequence[Event], *, 
     except AttemptLost:
         return False
     if between_steps:
-        connection.execute(_FORGET_CALLS, {"of_turn": claim.turn_id})
+        connection.execute(_FORGET_CALLS, {"of_turn": claim.turn_id, "with_fence": claim.fence})
     return True
 
 

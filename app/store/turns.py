@@ -248,7 +248,7 @@ def end(
             deadline_at=None,
         )
     )
-    return Ended(turn_id, terminal, next_in_session(connection, row.session_id))
+    return Ended(turn_id, terminal, next_in_session(connection, row.session_id, row.number))
 
 
 _ADD_SEGMENT = insert(event_segments)
@@ -262,17 +262,20 @@ def add_segment(connection: Connection, turn_id: str, recorded: Sequence[Event])
 
 
 _FIRST_UNFINISHED = (
-    select(turns.c.turn_id, turns.c.status)
+    select(turns.c.turn_id, turns.c.status, turns.c.number)
     .where(turns.c.session_id == bindparam("of_session"), text(UNFINISHED_SQL))
     .order_by(turns.c.number)
     .limit(1)
 )
 
 
-def next_in_session(connection: Connection, session_id: str) -> str | None:
-    """The session's first unfinished turn if it is queued: the one to ring now. Its queue wait starts here."""
+def next_in_session(connection: Connection, session_id: str, ended: int) -> str | None:
+    """After the turn with the number `ended`: the one to ring now. Its queue wait starts here.
+
+    None: there is none, it is not queued, or an earlier turn than the one that ended goes first.
+    """
     row = connection.execute(_FIRST_UNFINISHED, {"of_session": session_id}).one_or_none()
-    if row is None or row.status != TurnStatus.QUEUED:
+    if row is None or row.status != TurnStatus.QUEUED or row.number < ended:
         return None
     now = func.clock_timestamp()
     ring = update(turns).where(turns.c.turn_id == row.turn_id, turns.c.status == TurnStatus.QUEUED)

@@ -46,6 +46,22 @@ def renew(connection: Connection, worker_id: str, lease_seconds: float) -> set[s
     return set(connection.scalars(asked))
 
 
+def running_turns(connection: Connection, worker_id: str) -> set[str]:
+    """The turns that a worker owns."""
+    owned = select(turns.c.turn_id).where(turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING)
+    return set(connection.scalars(owned))
+
+
+def disown(connection: Connection, turn_id: str, worker_id: str) -> bool:
+    """Puts back a turn that this worker owns but does not run: the reply to its claim was lost. False: it is not so."""
+    lost = update(turns).where(
+        turns.c.turn_id == turn_id, turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING
+    )
+    values = {"status": TurnStatus.QUEUED, "fence": turns.c.fence + 1, "tail_lost": True, "rings": 1}
+    now = func.clock_timestamp()
+    return connection.execute(lost.values(**values, queued_at=now, rung_at=now)).rowcount > 0
+
+
 def retire(connection: Connection, worker_id: str) -> None:
     """Ends one's own lease: what it still owns can be taken at once."""
     connection.execute(

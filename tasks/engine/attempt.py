@@ -243,13 +243,11 @@ class Attempt:
 
     def _messages(self) -> list[Message]:
         past = [
-            (_inputs.validate_python(turn.messages), _steps.validate_python(turn.steps)) for turn in self._claim.past
+            (_with_context(_inputs.validate_python(turn.messages), turn.context), _steps.validate_python(turn.steps))
+            for turn in self._claim.past
         ]
-        inputs = list(self._inputs)
-        if self._resolved.context:
-            content = _with_context(inputs[-1].content, self._resolved.context)
-            inputs[-1] = inputs[-1].model_copy(update={"content": content})
-        return history.conversation(self._config, [*past, (inputs, self._journal)])
+        current = (_with_context(self._inputs, self._resolved.context), self._journal)
+        return history.conversation(self._config, [*past, current])
 
     async def _run_tools(self, action: RunTools) -> None:
         """All calls at once; their steps are recorded and published in the order that the model asked in."""
@@ -419,8 +417,13 @@ def _turn_config(claim: Claim) -> AgentConfig:
     return config
 
 
-def _with_context(content: Any, context: str) -> Any:
+def _with_context(messages: list[Message], context: str) -> list[Message]:
+    """A turn's input messages, the last one followed by the text of the turn's documents."""
+    if not context:
+        return messages
+    content = messages[-1].content
     if isinstance(content, str):
-        return content + context
-    parts = content if isinstance(content, list) else [content]
-    return [*parts, TextContentItem(text=context)]
+        extended: Any = content + context
+    else:
+        extended = [*(content if isinstance(content, list) else [content]), TextContentItem(text=context)]
+    return [*messages[:-1], messages[-1].model_copy(update={"content": extended})]

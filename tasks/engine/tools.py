@@ -126,7 +126,8 @@ async def _document_text(document: Document, max_bytes: int) -> str:
         raise TurnFailure("invalid_request", f"Unexpected document content: {type(content).__name__}")
     if len(text.encode()) > max_bytes:
         raise TurnFailure("invalid_request", f"A document is over {max_bytes} bytes (DOCUMENT_MAX_BYTES)")
-    return text
+    # Postgres cannot read a member out of a JSON value that has U+0000 anywhere in it.
+    return text.replace("\0", "")
 
 
 async def _fetch(uri: str, max_bytes: int) -> str:

@@ -89,9 +89,9 @@ def run_turn(url: str, agent_id: str) -> httpx.Response:
     return httpx.post(path, json=turn, timeout=30).raise_for_status()
 
 
-def test_up_serves_keeps_its_data_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) -> None:
     with ScriptedModel() as model:
-        with up(tmp_path / "data", model.url) as first:
+        with up(open_path / "data", model.url) as first:
             assert httpx.get(f"{first.url}/v1/health").status_code == 200
             agent_id = create_agent(first.url)
             turn = run_turn(first.url, agent_id)
@@ -99,7 +99,7 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(tmp_path: Path) -> 
             assert turn.headers["X-Caravan-Worker"]
             assert first.interrupt() == 0
             assert first.left() == []
-        with up(tmp_path / "data", model.url, "--no-flower") as second:
+        with up(open_path / "data", model.url, "--no-flower") as second:
             assert httpx.get(f"{second.url}/v1/agents/{agent_id}").status_code == 200
             second.process.kill()
             second.process.wait()
@@ -107,9 +107,9 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(tmp_path: Path) -> 
             assert [child for child in alive if child in second.left()] == []
 
 
-def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_clear_line(open_path: Path) -> None:
     with ScriptedModel() as model:
-        command = [*CARAVAN, "up", f"--data={tmp_path}", f"--port={model.port}", "--no-flower"]
+        command = [*CARAVAN, "up", f"--data={open_path}", f"--port={model.port}", "--no-flower"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == f"caravan: port {model.port} is in use: name another one with --port\n"

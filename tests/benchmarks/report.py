@@ -66,6 +66,17 @@ class Report:
         ratios = [f"{other / base:.2f}" if other is not None and base else "" for other in values[1:]]
         return [title, *("" if one is None else format(one, form) for one in values), *ratios]
 
+    def _median_row(self, title: str, form: str, load: Load, read: Callable[[Sample], float]) -> list[str]:
+        """The ratio is the median of the rounds' ratios: what ran close in time had about the same neighbours."""
+        row = self._row(title, form, self._median(load, read))
+        ratios = [self._paired(load, read, system) for system in self.systems[1:]]
+        return [*row[: 1 + len(self.systems)], *("" if one is None else f"{one:.2f}" for one in ratios)]
+
+    def _paired(self, load: Load, read: Callable[[Sample], float], system: str) -> float | None:
+        pairs = zip(self.of(self.systems[0], load), self.of(system, load), strict=False)
+        ratios = [read(other) / read(base) for base, other in pairs if read(base)]
+        return median(ratios) if ratios else None
+
     def _median(self, load: Load, read: Callable[[Sample], float]) -> Callable[[str], float | None]:
         def value(system: str) -> float | None:
             found = [read(sample) for sample in self.of(system, load)]
@@ -84,14 +95,14 @@ class Report:
 
     def _speed(self, load: Load) -> Table:
         return [
-            self._row(f"{load.name}: events/s", ",.0f", self._median(load, lambda sample: sample.events_per_second)),
-            self._row(f"{load.name}: turns/s", ".1f", self._median(load, lambda sample: sample.turns_per_second)),
+            self._median_row(f"{load.name}: events/s", ",.0f", load, lambda sample: sample.events_per_second),
+            self._median_row(f"{load.name}: turns/s", ".1f", load, lambda sample: sample.turns_per_second),
             self._row(f"{load.name}: first chunk, p50, ms", ",.0f", self._percentile(load, 50)),
             self._row(f"{load.name}: first chunk, p99, ms", ",.0f", self._percentile(load, 99)),
         ]
 
     def _cpu(self, load: Load) -> Table:
-        return [self._row(f"{load.name}: per turn, ms", ".1f", self._cost(load))]
+        return [self._median_row(f"{load.name}: per turn, ms", ".1f", load, lambda sample: sample.cpu_ms_per_turn())]
 
     def _cost(self, load: Load, roles: Sequence[str] | None = None) -> Callable[[str], float | None]:
         """CPU time per turn, in milliseconds."""
@@ -132,7 +143,8 @@ class Report:
             many, single = elapsed(system), one(system)
             return None if many is None or single is None else many / single
 
-        rows = [self._row(f"{load.name}: seconds until all ended", ".2f", elapsed)]
+        title = f"{load.name}: seconds until all ended"
+        rows = [self._median_row(title, ".2f", load, lambda sample: sample.result.elapsed)]
         if load == alone:
             return rows
         return [

@@ -153,7 +153,7 @@ SCRIPTS: dict[str, Script] = {
     "a turn after one with documents": Script(
         (Ask("SAY x\n", documents=(NOTE,)), Ask("SAY y")),
         {},
-        ("input is not mutated", "documents belong to their turn"),
+        ("input is not mutated",),
     ),
     # What the model is asked
     "tool choice required": one(f"{ADD} | SAY x", tool_config={"tool_choice": "required"}, **CALC),

@@ -141,7 +141,7 @@ def test_a_turn_queued_behind_one_that_awaits_input_does_not_supersede_it(seeds:
     seeds.await_input(running)
     assert seeds.claim(behind) is None
     assert seeds.row(running.turn_id).status == TurnStatus.AWAITING_INPUT
-    assert seeds.store.transact(turns.next_in_session, session_id) is None
+    assert seeds.store.transact(turns.next_in_session, session_id, 1) is None
 
 
 def test_a_resume_puts_the_turn_back_to_queued_with_the_responses(seeds: Seeds) -> None:
@@ -186,12 +186,12 @@ def test_next_in_session_gives_the_turn_to_ring_and_starts_its_wait(seeds: Seeds
     running = seeds.claimed(seeds.turn(session_id))
     behind = seeds.turn(session_id)
     seeds.age(behind, "queued_at", 1000)
-    assert seeds.store.transact(turns.next_in_session, session_id) is None
+    assert seeds.store.transact(turns.next_in_session, session_id, 1) is None
     seeds.complete(running)
-    assert seeds.store.transact(turns.next_in_session, session_id) == behind
+    assert seeds.store.transact(turns.next_in_session, session_id, 1) == behind
     assert seeds.scalar("SELECT queued_at > now() - interval '60 s' FROM turns WHERE turn_id = :id", id=behind)
     seeds.complete(seeds.claimed(behind))
-    assert seeds.store.transact(turns.next_in_session, session_id) is None
+    assert seeds.store.transact(turns.next_in_session, session_id, 1) is None
 
 
 def test_a_cancel_request_survives_a_hand_over(seeds: Seeds) -> None:

@@ -154,4 +154,4 @@ def test_ringing_the_next_turn_reads_by_index(crowded: Seeds) -> None:
     session_id = crowded.session()
     crowded.turn(session_id)
     analyze(crowded.store)
-    assert_indexed(crowded.store, lambda connection: turns.next_in_session(connection, session_id))
+    assert_indexed(crowded.store, lambda connection: turns.next_in_session(connection, session_id, 1))

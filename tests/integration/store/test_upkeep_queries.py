@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from threading import Barrier
 
 import pytest
 
@@ -264,6 +265,31 @@ def test_a_turn_whose_predecessor_just_ended_is_not_overdue(seeds: Seeds) -> Non
     seeds.age(behind, "queued_at", 1000)
     seeds.record(running, [next_event(running)], end=claims.LegEnd(TurnStatus.COMPLETED, completed_at=now(seeds)))
     assert overdue(seeds, behind) is None
+
+
+def test_ending_a_later_turn_leaves_the_wait_of_an_earlier_one_alone(seeds: Seeds) -> None:
+    """It was claimable before, so neither its queue wait nor its doorbells begin anew."""
+    session_id = seeds.session()
+    first, second = seeds.turn(session_id), seeds.turn(session_id)
+    seeds.age(first, "queued_at", 1000)
+    assert seeds.store.transact(turns.end, second, TurnFailure("cancelled", "no"), no_redis) is not None
+    assert overdue(seeds, first) is not None
+
+
+def test_turns_of_one_session_can_be_ended_at_once(seeds: Seeds) -> None:
+    """Two requests, or a request and upkeep: neither waits for a row that the other holds."""
+    session_id = seeds.session()
+    both, met = [seeds.turn(session_id), seeds.turn(session_id)], Barrier(2)
+
+    def raise_fence(turn_id: str, fence: int, last: EventId) -> None:
+        met.wait(5)  # each holds its own turn's row now
+
+    def end(turn_id: str) -> object:
+        return seeds.store.transact(turns.end, turn_id, TurnFailure("cancelled", "no"), raise_fence)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert None not in list(pool.map(end, both))
+    assert {seeds.row(turn_id).status for turn_id in both} == {TurnStatus.CANCELLED}
 
 
 def now(seeds: Seeds) -> datetime:
