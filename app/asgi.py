@@ -36,22 +36,10 @@ DESCRIPTION = (
 def create_main(settings: Settings) -> FastAPI:
     """The application that `uvicorn app:main` serves. Exits with one line if Postgres or its schema is missing."""
     try:
-        require_schema(settings)
+        migrate.require_head(settings.sqlalchemy_url)
     except (SettingsError, Unavailable) as error:
         sys.exit(f"caravan: {error}")
     return create_app(settings)
-
-
-def require_schema(settings: Settings) -> None:
-    """Raises SettingsError: the database has another revision than this version needs. Raises Unavailable."""
-    store = Store(settings.sqlalchemy_url, pool_size=1, name="start")
-    try:
-        revision = store.transact(migrate.current)
-    finally:
-        store.close()
-    if revision != migrate.head():
-        found = f"revision {revision}" if revision else "no schema"
-        raise SettingsError(f"the database has {found}, this version needs {migrate.head()}: run `caravan migrate`")
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import sys
 
 from celery import signals
 
 from app.dispatch import RUN_TURN
-from app.settings import get_settings
+from app.domain.errors import Unavailable
+from app.settings import SettingsError, get_settings
+from app.store import migrate
 from tasks import celery
 
 logger = logging.getLogger(__name__)
@@ -22,10 +25,15 @@ def run(turn_id: str) -> str:
 
 @signals.worker_init.connect
 def _worker_starts(**_: object) -> None:
-    """Imports the Llama Stack before any fork, so that children share it and come up soon.
+    """Exits with one line if Postgres or its schema is missing; then imports the Llama Stack, before any fork, so that
+    children share it and come up soon.
 
     Not with this module: Flower and `celery inspect` import the tasks as well, and have no use for it.
     """
+    try:
+        migrate.require_head(get_settings().sqlalchemy_url)
+    except (SettingsError, Unavailable) as error:
+        sys.exit(f"caravan: {error}")
     from tasks import runtime  # noqa: F401
 
 

@@ -15,6 +15,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from app.domain.errors import Unavailable
+from app.settings import SettingsError
+from app.store.store import Store
 
 _LOCK = 0x6361_7261_7661_6E  # "caravan": two processes that start together migrate one after the other
 
@@ -58,6 +60,18 @@ def upgrade(url: URL | str) -> None:
             connection.rollback()
             connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _LOCK})
             connection.commit()
+
+
+def require_head(url: URL | str) -> None:
+    """For the start of a process. Raises SettingsError: the database has another revision. Raises Unavailable."""
+    store = Store(url, pool_size=1, name="start")
+    try:
+        revision = store.transact(current)
+    finally:
+        store.close()
+    if revision != head():
+        found = f"revision {revision}" if revision else "no schema"
+        raise SettingsError(f"the database has {found}, this version needs {head()}: run `caravan migrate`")
 
 
 def run(connection: Connection, action: Any, *arguments: Any) -> None:

@@ -96,7 +96,7 @@ def test_a_worker_has_the_time_to_hand_its_turns_over() -> None:
 
 
 def test_redis_evicts_nothing() -> None:
-    assert "--maxmemory-policy noeviction" in " ".join(SERVICES["redis"]["command"])
+    assert "\nmaxmemory-policy noeviction\n" in SERVICES["redis"]["command"][-1]
 
 
 def test_the_image_runs_as_a_user_of_its_own() -> None:
