@@ -16,6 +16,8 @@ broker_transport_options = {
     "socket_timeout": 5,
     "socket_keepalive": True,
     "retry_on_timeout": False,
+    # No copy of a message is kept until it is acknowledged: whoever loses one is rung again.
+    "ack_emulation": False,
 }
 task_default_queue = QUEUE
 task_create_missing_queues = True

@@ -56,11 +56,11 @@ class Service:
             await asyncio.to_thread(self.endings.announce, ended)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-def _owner(request: Request) -> str:
+async def _owner(request: Request) -> str:
     return LOCAL_PRINCIPAL
 
 

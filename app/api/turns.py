@@ -114,7 +114,7 @@ async def _answer(
     """One leg, as a stream or as the turn that it leads to."""
     location = f"/v1/agents/{agent_id}/session/{session_id}/turn/{turn_id}"
     headers = {"Location": location, "X-Turn-Id": turn_id}
-    batches = service.relay.follow(turn_id, after, through_legs=False)
+    batches = service.relay.follow(turn_id, after, through_legs=False, just_accepted=after == START)
     if stream:
         return _stream(service, batches, headers)
     async for _ in batches:

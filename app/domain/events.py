@@ -80,10 +80,10 @@ def to_line(event: Event) -> str:
 
 def from_line(line: str) -> Event:
     after, identifier, kind, data = line.split(" ", 3)
-    return Event(_trusted(identifier), _trusted(after), _KINDS[kind], data)
+    return Event(trusted_id(identifier), trusted_id(after), _KINDS[kind], data)
 
 
-def _trusted(identifier: str) -> EventId:
+def trusted_id(identifier: str) -> EventId:
     """An id that this program wrote."""
     fence, _, n = identifier.partition("-")
     return EventId(int(fence), int(n))

@@ -122,11 +122,14 @@ class Relay:
         """How many followers there are."""
         return sum(len(channel.inboxes) for channel in self._channels.values())
 
-    async def follow(self, turn_id: str, after: EventId, *, through_legs: bool) -> AsyncIterator[list[Event]]:
+    async def follow(
+        self, turn_id: str, after: EventId, *, through_legs: bool, just_accepted: bool = False
+    ) -> AsyncIterator[list[Event]]:
         """Batches of a turn's events after `after`, in order, once each.
 
         Ends after the turn's terminal event; before that, with the event that ends a leg, unless `through_legs`: then
-        only if no later leg exists. Ends at once if the turn has ended and nothing comes after `after`.
+        only if no later leg exists. `just_accepted`: nothing can be recorded of the turn yet, so Postgres is not asked.
+        Ends at once if the turn has ended and nothing comes after `after`.
         Raises NotFound: the turn was deleted meanwhile; a stream must then be cut, not ended.
         """
         cursor = after
@@ -134,7 +137,7 @@ class Relay:
             fresh = after.n == 0
             while True:
                 inbox.forget()
-                async for batch in self._replay(turn_id, cursor, doubtful=not fresh):
+                async for batch in self._replay(turn_id, cursor, doubtful=not fresh, unknown=fresh and just_accepted):
                     cursor = inbox.cursor = batch[-1].id
                     yield batch
                     if await self._is_over(turn_id, batch[-1], through_legs):
@@ -172,10 +175,13 @@ class Relay:
             raise NotFound("Turn", turn_id)
         return standing[0] in (*ENDED, TurnStatus.AWAITING_INPUT) and standing[1] <= cursor
 
-    async def _replay(self, turn_id: str, cursor: EventId, *, doubtful: bool) -> AsyncIterator[list[Event]]:
+    async def _replay(
+        self, turn_id: str, cursor: EventId, *, doubtful: bool, unknown: bool
+    ) -> AsyncIterator[list[Event]]:
         """The events from the cursor on, from Redis and Postgres, until they reach the end of what is known.
 
-        `doubtful`: Postgres may know more than Redis, whose last events a worker may have failed to publish.
+        `doubtful`: Postgres may know more than Redis, whose last events a worker may have failed to publish. `unknown`:
+        it is enough to ask Redis, which a worker may not have written to yet.
         """
         while True:
             try:
@@ -187,7 +193,7 @@ class Relay:
                 yield batch
                 cursor = batch[-1].id
                 continue
-            if tail and tail.last is not None and tail.last <= cursor and not doubtful:
+            if tail and not doubtful and (unknown if tail.last is None else tail.last <= cursor):
                 return
             recorded = await self._persistently(
                 lambda at=cursor: self._records.segments_after(turn_id, at, SEGMENTS_AT_ONCE)  # type: ignore[misc]

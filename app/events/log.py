@@ -22,7 +22,7 @@ import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from app.domain.events import Event, EventId, EventKind
+from app.domain.events import Event, EventId, EventKind, trusted_id
 
 TTL_SECONDS = 7200
 ENDED_TTL_SECONDS = 60
@@ -117,7 +117,7 @@ def _append_arguments(
 
 def _events(entries: Any) -> list[Event]:
     return [
-        Event(EventId.parse(identifier), EventId.parse(fields["a"]), EventKind(fields["k"]), fields["d"])
+        Event(trusted_id(identifier), trusted_id(fields["a"]), EventKind(fields["k"]), fields["d"])
         for identifier, fields in entries
     ]
 

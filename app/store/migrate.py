@@ -10,7 +10,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -44,7 +44,7 @@ def upgrade(url: URL | str) -> None:
 
     Raises Unavailable: the database cannot be reached.
     """
-    engine = create_engine(url, poolclass=NullPool)
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg2"), poolclass=NullPool)
     try:
         connection = engine.connect()
     except OperationalError as error:
@@ -62,7 +62,7 @@ def upgrade(url: URL | str) -> None:
             connection.commit()
 
 
-def require_head(url: URL | str) -> None:
+def require_head(url: URL) -> None:
     """For the start of a process. Raises SettingsError: the database has another revision. Raises Unavailable."""
     store = Store(url, pool_size=1, name="start")
     try:
