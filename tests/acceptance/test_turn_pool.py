@@ -16,15 +16,11 @@ from tests.support.scripted_model import ScriptedModel
 TURNS = 64
 
 
-@pytest.fixture
-def turn_pool(caravan: Caravan) -> Caravan:
-    if "custom" not in caravan.worker.container.process.command:
-        pytest.skip("of the turn pool only: a prefork worker has a process for each turn")
-    return caravan
+pytestmark = pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
 
 
 def test_one_process_runs_many_turns_at_once(
-    turn_pool: Caravan, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
+    caravan: Caravan, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
 ) -> None:
     """64 turns of 64 sessions wait for the model together; then all complete, each with its own answer."""
     agent = make_agent()
@@ -35,7 +31,7 @@ def test_one_process_runs_many_turns_at_once(
         session = http.post(f"/v1/agents/{agent.agent_id}/session", json={"session_name": str(number)}).json()
         body = {"messages": [{"role": "user", "content": f"HOLD {gate} | SAY answer {number}"}], "stream": False}
         path = f"/v1/agents/{agent.agent_id}/session/{session['session_id']}/turn"
-        answers[number] = httpx.post(turn_pool.url + path, json=body, timeout=60).json()["output_message"]["content"]
+        answers[number] = httpx.post(caravan.url + path, json=body, timeout=60).json()["output_message"]["content"]
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(TURNS)]
     for thread in threads:
@@ -48,7 +44,7 @@ def test_one_process_runs_many_turns_at_once(
 
 
 def test_revoke_terminate_cancels_the_one_turn(
-    turn_pool: Caravan, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
+    caravan: Caravan, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
 ) -> None:
     """`celery control revoke --terminate` (and Flower's Terminate) ends that turn; the worker and its turns go on."""
     agent, other = make_agent(), make_agent()
@@ -57,14 +53,14 @@ def test_revoke_terminate_cancels_the_one_turn(
 
     def run(name: str, session: str) -> None:
         body = {"messages": [{"role": "user", "content": f"PART a | HOLD {gate} | SAY done"}], "stream": False}
-        ended[name] = httpx.post(turn_pool.url + session + "/turn", json=body, timeout=60).json()
+        ended[name] = httpx.post(caravan.url + session + "/turn", json=body, timeout=60).json()
 
     threads = [threading.Thread(target=run, args=args) for args in (("it", agent.path), ("other", other.path))]
     for thread in threads:
         thread.start()
     model.wait_held(gate, 2)
     turn_id = http.get(agent.path).json()["turns"][0]["turn_id"]
-    celery = turn_pool.worker.app
+    celery = caravan.worker.app
     [task] = [
         task["id"]
         for tasks in celery.control.inspect(timeout=5).active().values()
