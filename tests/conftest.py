@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -53,11 +53,21 @@ def empty_database(postgres: Postgres) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(postgres: Postgres) -> str:
-    """A migrated database of this session's own."""
-    url = create_database(postgres.url, "caravan_tests")
-    migrate.upgrade(make_url(url).set(drivername="postgresql+psycopg2"))
-    return url
+def migrated_database(postgres: Postgres) -> Callable[[str], str]:
+    """Makes a database with the schema. Processes under test get one of their own: a worker runs whatever it finds."""
+
+    def make(name: str) -> str:
+        url = create_database(postgres.url, name)
+        migrate.upgrade(url)
+        return url
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def postgres_url(migrated_database: Callable[[str], str]) -> str:
+    """The database of tests without processes."""
+    return migrated_database("caravan_tests")
 
 
 def create_database(server_url: str, name: str) -> str:
@@ -96,10 +106,12 @@ def model(scripted_model: ScriptedModel) -> ScriptedModel:
 
 
 @pytest.fixture(scope="session")
-def environment(postgres_url: str, redis_url: str, scripted_model: ScriptedModel, data_home: Path) -> dict[str, str]:
+def environment(
+    migrated_database: Callable[[str], str], redis_url: str, scripted_model: ScriptedModel, data_home: Path
+) -> dict[str, str]:
     """The settings of processes under test: short leases, so that recovery is quick."""
     return {
-        "DATABASE_URL": postgres_url,
+        "DATABASE_URL": migrated_database("caravan_processes"),
         "REDIS_URL": redis_url,
         "INFERENCE_URL": scripted_model.url,
         "INFERENCE_MODEL": "scripted,second-model",

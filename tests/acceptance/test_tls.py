@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -18,11 +19,11 @@ from tests.support.tls import TlsFront, make_certificate
 
 
 def test_a_turn_runs_over_tls_with_passwords(
-    environment: dict[str, str], open_path: Path, model: object, postgres_url: str
+    environment: dict[str, str], open_path: Path, model: object, migrated_database: Callable[[str], str]
 ) -> None:
     """`rediss://` with user and password for log and broker; `sslmode=verify-full` for all three Postgres drivers."""
     certificate = make_certificate(open_path)
-    database = make_url(postgres_url)
+    database = make_url(migrated_database("caravan_tls"))
     assert database.port is not None
     with (
         Valkey(open_path / "valkey") as valkey,
