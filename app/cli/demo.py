@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from app.cli.errors import needs_local_extra
+
 if TYPE_CHECKING:
     from app.local.up import Installation
 
@@ -14,7 +16,8 @@ MAX_TOKENS = 80
 
 def demo() -> None:
     """Start everything on this machine, run one turn of a small real model, stop everything."""
-    from app.local.demo import demo as run
+    with needs_local_extra():
+        from app.local.demo import demo as run
 
     run(_one_turn)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from app.cli.errors import CommandError
+from app.cli.errors import CommandError, needs_local_extra
 
 
 def up(
@@ -33,7 +33,8 @@ def up(
 
     Ctrl-C stops all of it. The next start goes on with the same data.
     """
-    from app.local import up as local
+    with needs_local_extra():
+        from app.local import up as local
 
     if model and not model_url:
         raise CommandError("--model names a model of your own server: give its --model-url as well")
