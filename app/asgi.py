@@ -6,10 +6,9 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
-import psycopg2
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
@@ -21,6 +20,7 @@ from app.endings import Endings
 from app.events.follow import Relay
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings, SettingsError
+from app.stack.config import stack_run_config
 from app.stack.mounted import StackApp, create_stack_app, stack_lifespan
 from app.store import Store, migrate, workers
 from app.telemetry import settle_memory
@@ -37,6 +37,7 @@ def create_main(settings: Settings) -> FastAPI:
     """The application that `uvicorn app:main` serves. Exits with one line if Postgres or its schema is missing."""
     try:
         migrate.require_head(settings.sqlalchemy_url)
+        stack_run_config(settings)
     except (SettingsError, Unavailable) as error:
         sys.exit(f"caravan: {error}")
     return create_app(settings)
@@ -89,11 +90,13 @@ async def _follow_registry(store: Store, stack: StackApp, every_seconds: float) 
     """Makes what clients registered through other web processes known to this one."""
     seen = None
     while True:
-        with suppress(Unavailable, psycopg2.Error):
+        try:
             version = await store.run(workers.registry_version_now)
             if seen not in (None, version):
                 await stack.refresh_registry()
             seen = version
+        except Exception as error:
+            logger.warning("the Llama Stack's registry cannot be read, trying again: %s", error)
         await asyncio.sleep(every_seconds)
 
 

@@ -150,8 +150,6 @@ class Settings(BaseSettings):
     def _consistent(self) -> Settings:
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("LEASE_SECONDS must be at least twice HEARTBEAT_SECONDS")
-        if not self.inference_model and not self.llama_stack_config:
-            raise ValueError("INFERENCE_MODEL is not set: name the model ids that INFERENCE_URL serves")
         if self.llama_stack_config and not os.path.isfile(self.llama_stack_config):
             raise ValueError(f"LLAMA_STACK_CONFIG: there is no file {self.llama_stack_config}")
         return self

@@ -53,14 +53,17 @@ class Upkeep(threading.Thread):
         started = time.monotonic()
         if started >= self._trust_after:
             self._reap()
-        self._ring()
-        for turn_id, failure in self._store.transact(workers.overdue, self._settings.max_queue_wait_seconds):
+        waited = self._store.transact(workers.overdue, self._settings.max_queue_wait_seconds)
+        for turn_id, failure in [*waited, *self._store.transact(workers.unwanted)]:
             if self._endings.end(turn_id, failure):
                 logger.warning("turn %s failed: %s", turn_id, failure)
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
         self._store.transact(workers.forget_dead_workers)
+        due = self._store.transact(workers.to_ring)
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             self._distrust()
+        for turn_id in due:
+            self._endings.doorbell.ring(turn_id)
 
     def _reap(self) -> None:
         started = time.monotonic()
@@ -84,10 +87,6 @@ class Upkeep(threading.Thread):
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             raise Unavailable("Postgres answers slowly, so nobody is taken for dead")
         return dead
-
-    def _ring(self) -> None:
-        for turn_id in self._store.transact(workers.to_ring):
-            self._endings.doorbell.ring(turn_id)
 
     def _distrust(self) -> None:
         self._trust_after = time.monotonic() + self._settings.lease_seconds

@@ -68,6 +68,8 @@ class Lease(threading.Thread):
                 self._renew()
             except Unavailable as error:
                 logger.warning("the lease cannot be renewed: %s", error)
+            except Exception:
+                logger.exception("the lease cannot be renewed")
 
     def stop(self) -> None:
         """Ends the lease, so that others may take at once what this worker still owns."""

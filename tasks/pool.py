@@ -29,8 +29,8 @@ class TurnPool(BasePool):
     task_join_will_block = False
 
     def on_start(self) -> None:
-        runtime.start(get_settings())
         self._executor = ThreadPoolExecutor(max_workers=self.limit, thread_name_prefix="request")
+        runtime.start(get_settings())
 
     def on_stop(self) -> None:
         runtime.stop()

@@ -11,7 +11,6 @@ import logging
 import threading
 from typing import Any
 
-import psycopg2
 import uvloop
 from redis.exceptions import RedisError
 
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 30
+HAND_OVER_SECONDS = 8
 
 
 class Runtime:
@@ -44,6 +44,9 @@ class Runtime:
         self._waiting: dict[int, str] = {}
         self._claiming: set[str] = set()
         self._owned_unknown: set[str] = set()
+        self._stopping = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._disowning: set[asyncio.Task[None]] = set()
         self._registry_version = -1
         self._refreshing = asyncio.Lock()
@@ -89,9 +92,14 @@ class Runtime:
     def stop(self) -> None:
         """Hands the running turns over to other workers, then ends everything."""
         self._upkeep.stop()
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(
-            self._settings.drain_seconds + STOP_TIMEOUT_SECONDS
-        )
+        try:
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(
+                self._settings.drain_seconds + STOP_TIMEOUT_SECONDS
+            )
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._lease.stop()
         self._store.close()
         self._upkeep_store.close()
@@ -101,24 +109,39 @@ class Runtime:
 
     async def _stop(self) -> None:
         self._touching.cancel()
-        running = list(self._running.values())
-        for attempt in running:
-            attempt.hand_over()
-        ended = asyncio.gather(*(attempt.done.wait() for attempt in running))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended, self._settings.drain_seconds)
+        self._stopping = True
         for attempt in self._running.values():
-            attempt.hand_over(now=True)
-        await asyncio.gather(*(attempt.done.wait() for attempt in running))
+            attempt.hand_over()
+        if not await self._is_idle(self._settings.drain_seconds):
+            for attempt in self._running.values():
+                attempt.hand_over(now=True)
+            if not await self._is_idle(HAND_OVER_SECONDS):
+                logger.warning(
+                    "%d turns cannot be handed over: others take them when the lease is over", len(self._running)
+                )
+                for attempt in self._running.values():
+                    attempt.drop()
+                await self._is_idle(HAND_OVER_SECONDS)
         await self._stack.close()
         await self._log.close()
 
+    async def _is_idle(self, within_seconds: float) -> bool:
+        """Waits until nothing is claimed or run here."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), within_seconds)
+        return not self._claiming
+
     async def _run(self, turn_id: str) -> str:
+        if self._stopping:
+            return "not claimable: this worker stops"
         self._claiming.add(turn_id)
+        self._idle.clear()
         try:
             return await self._claim_and_run(turn_id)
         finally:
             self._claiming.discard(turn_id)
+            if not self._claiming:
+                self._idle.set()
 
     async def _claim_and_run(self, turn_id: str) -> str:
         with turn_context(turn_id):
@@ -131,6 +154,8 @@ class Runtime:
             await self._keep_registry_current(claim.registry_version)
             tools = Tools(self._settings, self._store, self._log, self._stack, self._lease.valid)
             attempt = self._running[turn_id] = Attempt(tools, claim)
+            if self._stopping:
+                attempt.hand_over()
             try:
                 outcome = await attempt.run()
             finally:
@@ -151,7 +176,7 @@ class Runtime:
             try:
                 await self._stack.refresh_registry()
                 self._registry_version = version
-            except psycopg2.Error as error:
+            except Exception as error:
                 logger.warning("the Llama Stack's registry cannot be read, the next turn tries again: %s", error)
 
     async def _touch(self) -> None:
@@ -174,9 +199,19 @@ class Runtime:
 
     async def _disown(self, turn_id: str) -> None:
         with contextlib.suppress(Unavailable):  # the next renewals try again
-            if await self._store.run(workers.disown, turn_id, self._lease.worker_id):
-                logger.warning("turn %s was claimed here and is not run here: it is queued again", turn_id)
+            queued, ended = await self._store.run(
+                workers.disown,
+                turn_id,
+                self._lease.worker_id,
+                self._settings.max_worker_losses,
+                self._sync_log.raise_fence,
+            )
+            logger.warning("turn %s was claimed here and is not run here", turn_id)
+            if queued:
                 await asyncio.to_thread(self._doorbell.ring, turn_id)
+            if ended:
+                endings = Endings(self._store, self._sync_log, self._doorbell)
+                await asyncio.to_thread(endings.announce, [ended])
 
     def _cancel_all(self, turn_ids: set[str]) -> None:
         for turn_id in turn_ids & self._running.keys():
@@ -193,8 +228,9 @@ _current: Runtime | None = None
 def start(settings: Settings) -> None:
     """Starts this process's runtime."""
     global _current
-    _current = Runtime(settings)
-    _current.start()
+    runtime = Runtime(settings)
+    runtime.start()
+    _current = runtime
 
 
 def current() -> Runtime:

@@ -25,16 +25,20 @@ def run(turn_id: str) -> str:
 
 @signals.worker_init.connect
 def _worker_starts(**_: object) -> None:
-    """Exits with one line if Postgres or its schema is missing; then imports the Llama Stack, before any fork, so that
-    children share it and come up soon.
+    """Exits with one line if Postgres, its schema or a setting is missing.
+
+    Imports the Llama Stack before any fork, so that children share it and come up soon.
 
     Not with this module: Flower and `celery inspect` import the tasks as well, and have no use for it.
     """
     try:
         migrate.require_head(get_settings().sqlalchemy_url)
+        from app.stack.config import stack_run_config
+        from tasks import runtime  # noqa: F401
+
+        stack_run_config(get_settings())
     except (SettingsError, Unavailable) as error:
         sys.exit(f"caravan: {error}")
-    from tasks import runtime  # noqa: F401
 
 
 @signals.worker_process_init.connect

@@ -88,9 +88,20 @@ async def resume_turn(
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     responses = _matched(turn, body.tool_responses)
-    leg_before = await service.store.run(turns.resume, turn_id, session_id, responses)
+    leg_before = await _resume(service, turn, responses)
     await service.ring(turn_id, request.headers.get("traceparent"))
     return await _answer(service, agent_id, session_id, turn_id, leg_before, bool(body.stream))
+
+
+async def _resume(service: Service, turn: TurnRow, responses: list[JSON]) -> EventId:
+    """The last event of the leg before. A lost commit reply is resolved by reading the turn again."""
+    try:
+        return await service.store.run(turns.resume, turn.turn_id, turn.session_id, responses)
+    except Unavailable:
+        standing = (await service.store.run(turns.standings, [turn.turn_id])).get(turn.turn_id)
+        if standing is None or standing.status == TurnStatus.AWAITING_INPUT:
+            raise
+        return turn.last
 
 
 def _matched(turn: TurnRow, responses: list[ToolResponse]) -> list[JSON]:

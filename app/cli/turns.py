@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,14 +74,19 @@ def _events(url: str) -> Iterator[dict[str, Any]]:
 def _find(turn_id: str) -> tuple[TurnRow, str]:
     from app.store.turns import find_turn
 
-    return _ask(find_turn, turn_id)
+    try:
+        identifier = str(uuid.UUID(turn_id))
+    except ValueError:
+        raise CommandError(f"{turn_id} is not the id of a turn") from None
+    return _ask(find_turn, identifier)
 
 
 def _ask[T](query: Callable[..., T], *arguments: Any) -> T:
     """One transaction on the database at DATABASE_URL."""
     from app.settings import get_settings
-    from app.store import Store
+    from app.store import Store, migrate
 
+    migrate.require_head(get_settings().sqlalchemy_url)
     store = Store(get_settings().sqlalchemy_url, pool_size=2, name="cli")
     try:
         return store.transact(query, *arguments)

@@ -101,6 +101,7 @@ class Relay:
         self._buffer = buffer_bytes
         self._channels: dict[str, _Channel] = {}
         self._pubsub: Any = None
+        self._was_connected = True
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -210,12 +211,13 @@ class Relay:
         inbox = _Inbox(self._buffer)
         inbox.cursor = cursor
         entry = self._channels.get(name)
+        new = entry is None
         if entry is None:
-            entry = self._channels[name] = _Channel({inbox}, asyncio.Event())
-            await self._subscribe(name)
-        else:
-            entry.inboxes.add(inbox)
+            entry = self._channels[name] = _Channel(set(), asyncio.Event())
+        entry.inboxes.add(inbox)
         try:
+            if new:
+                await self._subscribe(name)
             # While Redis is down the watcher still finds what is recorded, so a stream need not wait for it for long.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(entry.subscribed.wait(), 1.0)
@@ -244,13 +246,18 @@ class Relay:
                 asked = set(self._channels)
                 await pubsub.subscribe("caravan:relay", *asked)
                 self._pubsub = pubsub
+                self._was_connected = True
                 await pubsub.subscribe(*(self._channels.keys() - asked), "caravan:relay")
                 while True:
                     message = await pubsub.get_message(timeout=None)
                     if message is not None:
                         self._dispatch(message)
             except (RedisError, OSError, TimeoutError) as error:
-                logger.warning("Redis is not available (REDIS_URL), streams go on from Postgres: %s", error)
+                if self._was_connected:
+                    logger.warning("Redis is not available (REDIS_URL), streams go on from Postgres: %s", error)
+                self._was_connected = False
+            except Exception:
+                logger.exception("the relay failed, and subscribes anew")
             finally:
                 self._pubsub = None
                 with contextlib.suppress(Exception):
@@ -283,23 +290,28 @@ class Relay:
                 for inbox in entry.inboxes:
                     if loop.time() - inbox.last_heard >= self._silence:
                         silent[name[len("caravan:{") : -1]].append(inbox)
-            if silent:
-                await self._nudge_behind(silent)
+            try:
+                if silent:
+                    await self._nudge_behind(silent)
+            except Exception:
+                logger.exception("the relay's watcher failed, and goes on")
 
     async def _nudge_behind(self, silent: dict[str, list[_Inbox]]) -> None:
         known: dict[str, list[EventId]] = defaultdict(list)
-        gone: set[str] = set()
+        over: set[str] = set()
         with contextlib.suppress(RedisError, OSError, TimeoutError):
             for turn_id, last in (await self._log.lasts(list(silent))).items():
                 known[turn_id].append(last)
         with contextlib.suppress(Unavailable):
             standings = await self._records.standings(list(silent))
-            gone = {turn_id for turn_id in silent if turn_id not in standings}
-            for turn_id, (_, last) in standings.items():
+            over = {turn_id for turn_id in silent if turn_id not in standings}
+            for turn_id, (status, last) in standings.items():
                 known[turn_id].append(last)
+                if status in (*ENDED, TurnStatus.AWAITING_INPUT):
+                    over.add(turn_id)  # even a follower that asked for what comes after the last event is told so
         for turn_id, inboxes in silent.items():
             for inbox in inboxes:
-                if turn_id in gone or any(last > inbox.cursor for last in known[turn_id]):
+                if turn_id in over or any(last > inbox.cursor for last in known[turn_id]):
                     inbox.nudge()
 
     async def _persistently[T](self, ask: Callable[[], Awaitable[T]]) -> T:

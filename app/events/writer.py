@@ -136,8 +136,12 @@ class EventWriter:
                 if attempt == 0:
                     logger.warning("turn %s: events cannot be published, trying again: %s", self._turn_id, error)
             except AttemptLost:
-                self._on_lost()
+                if not self._final:
+                    self._on_lost()
                 raise
+            except Exception:
+                self._failing.set()
+                logger.exception("turn %s: events cannot be published, trying again", self._turn_id)
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
             attempt += 1
 

@@ -41,6 +41,8 @@ def stack_run_config(settings: Settings) -> StackRunConfig:
     """
     if settings.llama_stack_config:
         return _own_run_yaml(settings.llama_stack_config)
+    if not settings.inference_model:
+        raise SettingsError("INFERENCE_MODEL is not set: name the model ids that INFERENCE_URL serves")
     try:
         vectors = postgres.prepare_database(postgres.libpq_parameters(settings.sqlalchemy_url))
     except psycopg2.Error as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, not_, select, text, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, not_, select, text, update
 
 from app.domain.errors import NotFound
 from app.store.tables import UNFINISHED_SQL, agents, seconds, sessions, turns
@@ -86,8 +86,8 @@ def mark_agent_deleted(connection: Connection, owner: str, agent_id: str) -> lis
         raise NotFound("Agent", agent_id)
     hidden = update(sessions).where(sessions.c.agent_id == agent_id, sessions.c.deleted_at.is_(None))
     connection.execute(hidden.values(deleted_at=func.clock_timestamp()))
-    query = select(turns.c.turn_id).join(sessions).where(sessions.c.agent_id == agent_id, text(UNFINISHED_SQL))
-    return list(connection.scalars(query))
+    of_agent = select(sessions.c.session_id).where(sessions.c.agent_id == agent_id)
+    return _ask_to_end(connection, turns.c.session_id.in_(of_agent))
 
 
 def mark_session_deleted(connection: Connection, owner: str, agent_id: str, session_id: str) -> list[str]:
@@ -95,9 +95,14 @@ def mark_session_deleted(connection: Connection, owner: str, agent_id: str, sess
     get_session(connection, owner, agent_id, session_id)
     marked = update(sessions).where(sessions.c.session_id == session_id)
     connection.execute(marked.values(deleted_at=func.clock_timestamp()))
-    return list(
-        connection.scalars(select(turns.c.turn_id).where(turns.c.session_id == session_id, text(UNFINISHED_SQL)))
-    )
+    return _ask_to_end(connection, turns.c.session_id == session_id)
+
+
+def _ask_to_end(connection: Connection, which: ColumnElement[bool]) -> list[str]:
+    """Asks for the end of unfinished turns, whoever will see to it: their workers, or upkeep."""
+    unfinished = update(turns).where(which, text(UNFINISHED_SQL))
+    asked = unfinished.values(cancel_requested_at=func.clock_timestamp()).returning(turns.c.turn_id, turns.c.number)
+    return [row.turn_id for row in sorted(connection.execute(asked), key=lambda row: row.number)]
 
 
 def purge_deleted(connection: Connection, grace_seconds: float, limit: int) -> int:

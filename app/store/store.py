@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.domain.errors import Unavailable
@@ -18,6 +18,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CONNECT_TIMEOUT_SECONDS = 5
+SILENT_SERVER = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+"""libpq's TCP settings: a server that vanished without a word is given up after about 10 s, not after 15 minutes."""
 
 
 class _StaleConnection(Unavailable):
@@ -33,7 +35,11 @@ class Store:
             pool_size=pool_size,
             max_overflow=0,
             pool_use_lifo=True,
-            connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": f"caravan-{name}"},
+            connect_args={
+                "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+                "application_name": f"caravan-{name}",
+                **SILENT_SERVER,
+            },
         )
         self._threads = ThreadPoolExecutor(max_workers=pool_size, thread_name_prefix=f"store-{name}")
 
@@ -54,7 +60,7 @@ class Store:
                 result = self._uncommitted(connection, query, *args, **kwargs)
                 connection.commit()
                 return result
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
+        except (OperationalError, InterfaceError, InternalError, PoolTimeout) as error:
             raise Unavailable(f"Postgres is not available (DATABASE_URL): {_first_line(error)}") from error
         except DBAPIError as error:
             if error.connection_invalidated:
@@ -72,7 +78,7 @@ class Store:
             return query(connection, *args, **kwargs)
         except DBAPIError as error:
             if error.connection_invalidated:
-                raise _StaleConnection from error
+                raise _StaleConnection(f"Postgres went away (DATABASE_URL): {_first_line(error)}") from error
             raise
 
     async def run(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:

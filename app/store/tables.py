@@ -53,6 +53,7 @@ def seconds(number: Any) -> ColumnElement[Any]:
 
 
 _Id = Uuid(as_uuid=False)
+UNWANTED_SQL = f"status IN ({_one_of(frozenset({TurnStatus.QUEUED, TurnStatus.AWAITING_INPUT}))})"
 _Time = DateTime(timezone=True)
 
 agents = Table(
@@ -137,6 +138,11 @@ Index("ix_turns_queued", turns.c.queued_at, postgresql_where=text("status = 'que
 Index("ix_turns_worker", turns.c.worker_id, postgresql_where=text("status = 'running'"))
 Index("ix_turns_worker_any", turns.c.worker_id)
 Index("ix_turns_deadline", turns.c.deadline_at, postgresql_where=text("status IN ('running', 'awaiting_input')"))
+Index(
+    "ix_turns_unwanted",
+    turns.c.turn_id,
+    postgresql_where=text(f"cancel_requested_at IS NOT NULL AND {UNWANTED_SQL}"),
+)
 Index("ix_turns_created", turns.c.created_at)
 
 journal = Table(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_, select, text, update
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
 from app.store.claims import FIRST_IN_SESSION
-from app.store.tables import registry_version, seconds, turns, workers
+from app.store.tables import UNWANTED_SQL, registry_version, seconds, turns, workers
 from app.store.turns import Ended, RaiseFence, end
 
 BATCH = 50
@@ -50,16 +51,6 @@ def running_turns(connection: Connection, worker_id: str) -> set[str]:
     """The turns that a worker owns."""
     owned = select(turns.c.turn_id).where(turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING)
     return set(connection.scalars(owned))
-
-
-def disown(connection: Connection, turn_id: str, worker_id: str) -> bool:
-    """Puts back a turn that this worker owns but does not run: the reply to its claim was lost. False: it is not so."""
-    lost = update(turns).where(
-        turns.c.turn_id == turn_id, turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING
-    )
-    values = {"status": TurnStatus.QUEUED, "fence": turns.c.fence + 1, "tail_lost": True, "rings": 1}
-    now = func.clock_timestamp()
-    return connection.execute(lost.values(**values, queued_at=now, rung_at=now)).rowcount > 0
 
 
 def retire(connection: Connection, worker_id: str) -> None:
@@ -114,8 +105,25 @@ def take_from_dead(
         .where(exists().where(and_(workers.c.worker_id == turns.c.worker_id, workers.c.dead_at.is_not(None))))
         .with_for_update(skip_locked=True)
     ).one_or_none()
-    if row is None:
-        return None, None
+    return (None, None) if row is None else _requeue_or_end(connection, row, max_losses, raise_fence)
+
+
+def disown(
+    connection: Connection, turn_id: str, worker_id: str, max_losses: int, raise_fence: RaiseFence
+) -> tuple[str | None, Ended | None]:
+    """As `take_from_dead`, for a turn that this worker owns but does not run: the reply to its claim was lost, say."""
+    row = connection.execute(
+        select(turns)
+        .where(turns.c.turn_id == turn_id, turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING)
+        .with_for_update()
+    ).one_or_none()
+    return (None, None) if row is None else _requeue_or_end(connection, row, max_losses, raise_fence)
+
+
+def _requeue_or_end(
+    connection: Connection, row: Row[Any], max_losses: int, raise_fence: RaiseFence
+) -> tuple[str | None, Ended | None]:
+    turn_id = str(row.turn_id)
     failures = row.failures + 1
     overdue = row.deadline_at is not None and row.deadline_at < connection.scalar(select(func.clock_timestamp()))
     if row.cancel_requested_at is not None:
@@ -178,10 +186,17 @@ def overdue(connection: Connection, max_queue_wait_seconds: float) -> list[tuple
     ]
 
 
+def unwanted(connection: Connection) -> list[tuple[str, TurnFailure]]:
+    """Turns that nobody runs and whose end was asked for while somebody did, or when their session was deleted."""
+    query = select(turns.c.turn_id).where(turns.c.cancel_requested_at.is_not(None), text(UNWANTED_SQL))
+    failure = TurnFailure("cancelled", "Cancelled.")
+    return [(turn_id, failure) for turn_id in connection.scalars(query.limit(BATCH))]
+
+
 def _overdue(status: str, live: int, max_queue_wait_seconds: float) -> TurnFailure:
     if status == TurnStatus.AWAITING_INPUT:
         return TurnFailure("input_wait_exceeded", "No tool responses came in time (INPUT_WAIT_SECONDS).")
-    why = f"all {live} workers are busy" if live else "no worker is running"
+    why = f"{live} worker processes run, and none had room" if live else "no worker is running"
     message = f"No worker took the turn within {max_queue_wait_seconds:g} s (MAX_QUEUE_WAIT_SECONDS): {why}."
     return TurnFailure("queue_wait_exceeded", message)
 

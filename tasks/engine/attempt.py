@@ -121,6 +121,9 @@ class Attempt:
             # What is to be written about the end comes behind what a dead attempt left, so taking over goes on.
             if self._stop == "drop" or not await _succeeded(taking):
                 return "lost"
+        except Exception:
+            logger.exception("the turn cannot be taken over; it is put back, at the cost of one of its failures")
+            return "lost"
         try:
             return await self._until_it_ends()
         except AttemptLost as lost:

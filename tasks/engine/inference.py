@@ -100,6 +100,8 @@ def call_ids(messages: Iterable[Any]) -> set[str]:
 
 def model_failure(error: Exception) -> TurnFailure:
     """What the client is told when the model server fails: its status and its own words."""
+    if isinstance(error, ValueError):
+        return TurnFailure("invalid_request", str(error))  # llama_stack: there is no such model, or no such parameter
     status = getattr(error, "status_code", None)
     if isinstance(status, int):
         return TurnFailure("model_error", f"{status}: {error}", status)

@@ -249,6 +249,34 @@ def _only_turn(http: httpx.Client, session: str) -> str:
     return str(turns[0]["turn_id"])
 
 
+def test_a_follower_that_is_ahead_of_the_turn_ends_with_it(
+    make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
+) -> None:
+    """An id past the last event (of another turn, say) gives nothing, and does not hang once the turn has ended."""
+    agent = make_agent()
+    gate = uuid.uuid4().hex
+    creating = threading.Thread(
+        target=http.post, args=(f"{agent.path}/turn",), kwargs={"json": _body(f"HOLD {gate} | SAY x")}
+    )
+    creating.start()
+    model.wait_held(gate)
+    heard: list[bytes] = []
+    events = f"{agent.path}/turn/{_only_turn(http, agent.path)}/events"
+    follower = threading.Thread(target=lambda: heard.append(http.get(events, params={"after": "9-9"}).content))
+    follower.start()
+    model.release(gate)
+    creating.join(30)
+    follower.join(30)
+    assert [_blocks(raw) for raw in heard] == [[]]
+
+
+def test_an_unknown_model_is_named(make_agent: AgentMaker) -> None:
+    """The turn fails and says which model there is not."""
+    error = make_agent(model="no-such-model").turn("SAY x")[-1].error
+    assert error["code"] == "invalid_request"
+    assert "no-such-model" in error["message"]
+
+
 def test_events_follow_through_later_legs(make_agent: AgentMaker, http: httpx.Client) -> None:
     """A follower goes on through a resume that has happened, and ends at awaiting input while none has."""
     agent = make_agent(client_tools=[BOILING_POINT])

@@ -92,7 +92,7 @@ def test_what_needs_the_schema_waits_for_it(name: str) -> None:
 def test_a_worker_has_the_time_to_hand_its_turns_over() -> None:
     """Docker kills at the end of the grace period."""
     grace = float(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
-    assert grace > float(SERVICES["worker"]["environment"]["DRAIN_SECONDS"]) + CLOSING_SECONDS
+    assert grace > Settings.model_fields["drain_seconds"].default + CLOSING_SECONDS
 
 
 def test_redis_evicts_nothing() -> None:

@@ -240,7 +240,7 @@ def test_a_turn_that_waited_too_long_for_a_worker_is_overdue(seeds: Seeds) -> No
     failure = overdue(seeds, turn_id)
     assert failure is not None
     assert failure.code == "queue_wait_exceeded"
-    assert "busy" in failure.message
+    assert "none had room" in failure.message
     seeds.scalar("UPDATE workers SET lease_until = now() WHERE dead_at IS NULL RETURNING 1")
     failure = overdue(seeds, turn_id)
     assert failure is not None
@@ -364,3 +364,18 @@ def test_registry_changes_are_seen_by_the_next_claim(seeds: Seeds) -> None:
     before = seeds.claimed().registry_version
     seeds.store.transact(workers.bump_registry_version)
     assert seeds.claimed().registry_version == before + 1
+
+
+def test_upkeep_ends_what_a_deletion_left(seeds: Seeds) -> None:
+    """The web process died between hiding a session and ending its turns, or a turn slipped into awaiting input."""
+    agent_id = seeds.agent()
+    session_id = seeds.session(agent_id)
+    first, queued = seeds.turn(session_id), seeds.turn(session_id)
+    awaiting = seeds.await_input(seeds.claimed(first))
+    assert seeds.store.transact(agents.mark_session_deleted, OWNER, agent_id, session_id) == [first, queued]
+    asked = {turn_id for turn_id, _ in seeds.store.transact(workers.unwanted)}
+    assert {awaiting.turn_id, queued} <= asked
+    for turn_id, failure in seeds.store.transact(workers.unwanted):
+        seeds.store.transact(turns.end, turn_id, failure, lambda *_: None)
+    assert seeds.store.transact(workers.unwanted) == []
+    assert seeds.row(queued).status == TurnStatus.CANCELLED

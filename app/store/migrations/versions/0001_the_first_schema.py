@@ -204,6 +204,13 @@ def upgrade() -> None:
         postgresql_where=sa.text("status NOT IN ('completed', 'failed', 'cancelled')"),
     )
     op.create_index(
+        "ix_turns_unwanted",
+        "turns",
+        ["turn_id"],
+        unique=False,
+        postgresql_where=sa.text("cancel_requested_at IS NOT NULL AND status IN ('queued', 'awaiting_input')"),
+    )
+    op.create_index(
         "ix_turns_worker", "turns", ["worker_id"], unique=False, postgresql_where=sa.text("status = 'running'")
     )
     op.create_index("ix_turns_worker_any", "turns", ["worker_id"], unique=False)
@@ -248,6 +255,7 @@ def downgrade() -> None:
     op.drop_table("tool_calls")
     op.drop_table("journal")
     op.drop_table("event_segments")
+    op.drop_index("ix_turns_unwanted", table_name="turns")
     op.drop_index("ix_turns_worker_any", table_name="turns")
     op.drop_index("ix_turns_worker", table_name="turns", postgresql_where=sa.text("status = 'running'"))
     op.drop_index(
