@@ -84,7 +84,7 @@ class Postgres(Server):
             **({} if self._fsync else {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}),
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        return [_binary("postgres"), "-D", self.data, *options]
+        return [binary("postgres"), "-D", self.data, *options]
 
     def environment(self) -> Mapping[str, str]:
         return {"LC_ALL": "C"}
@@ -125,7 +125,7 @@ class Postgres(Server):
     def _initdb(self, data: Path, password: Path) -> None:
         password.chmod(0o600)
         options = ["--auth=scram-sha-256", "--encoding=utf8", *_LOCALE, "--no-sync", f"--pwfile={password}"]
-        command: list[str | Path] = [_binary("initdb"), "-D", data, "-U", _USER, *options]
+        command: list[str | Path] = [binary("initdb"), "-D", data, "-U", _USER, *options]
         process = spawn(command, account=self.account, environment=self.environment(), output=subprocess.PIPE)
         output, _ = process.communicate()
         if process.returncode:
@@ -172,7 +172,8 @@ def _packages() -> Path:
     return Path(found.origin).parents[1]
 
 
-def _binary(name: str) -> Path:
+def binary(name: str) -> Path:
+    """A program of the embedded Postgres, where the account that it runs as can reach it."""
     packages = _packages()
     if os.geteuid() == 0 and first_closed(packages):
         packages = _reachable_copy(packages)

