@@ -131,9 +131,9 @@ def start_postgres(folder: Path, port: int) -> Process:
         entry = ensure_user_exists(account)
         ensure_prefix_permissions(data)
         os.chown(data, entry.pw_uid, entry.pw_gid)
-    initdb = [binary("initdb"), "-D", data, "--auth=trust", "--encoding=utf8", "-U", "postgres"]
+    initdb: list[str | Path] = [binary("initdb"), "-D", data, "--auth=trust", "--encoding=utf8", "-U", "postgres"]
     subprocess.run(initdb, user=account, check=True, capture_output=True)
-    command = [binary("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+    command: list[str | Path] = [binary("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
     process = Process("postgres", command, folder, account=account, stop_signal=signal.SIGINT)
     wait_until(lambda: _answers(port), timeout=20, every=0.05)
     return process
