@@ -1,4 +1,4 @@
-"""Ends a turn that nobody owns, whoever asks: a deleted agent, a newer turn, a limit that ran out."""
+"""Ends a turn for whoever does not own it: a caller, a deleted agent, a newer turn, a limit that ran out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from app.dispatch import Doorbell
 from app.domain.errors import TurnFailure
+from app.domain.turns import TurnStatus
 from app.events.log import SyncLog
 from app.store import Store, turns
 from app.store.turns import Ended
+
+CANCELLED = TurnFailure("cancelled", "Cancelled.")
 
 
 class Endings:
@@ -19,17 +22,17 @@ class Endings:
         self.log = log
         self.doorbell = doorbell
 
-    def end(self, turn_id: str, failure: TurnFailure) -> bool:
-        """Ends a queued or awaiting turn; asks the owner of a running one to cancel it. False: it is running, or over.
+    def cancel(self, turn_id: str, failure: TurnFailure = CANCELLED) -> TurnStatus | None:
+        """Ends a queued or awaiting turn; asks the owner of a running one to cancel it.
 
-        Raises Unavailable.
+        Gives the turn's status now, None if it is gone: `running` if its owner was asked. Raises Unavailable.
         """
-        ended = self.store.transact(turns.end, turn_id, failure, self.log.raise_fence)
-        if ended is None:
-            self.store.transact(turns.request_cancel, turn_id)
-            return False
-        self.announce([ended])
-        return True
+        status, ended = self.store.transact(turns.cancel, turn_id, failure, self.log.raise_fence)
+        if ended is not None:
+            self.announce([ended])
+        elif status == TurnStatus.RUNNING:
+            self.log.ask_to_cancel(turn_id)
+        return status
 
     def announce(self, ended: Sequence[Ended]) -> None:
         """After the commit: publishes terminal events, and rings the next turn of each session."""

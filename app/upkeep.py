@@ -15,7 +15,7 @@ import time
 from app.domain.errors import Unavailable
 from app.endings import Endings
 from app.settings import Settings
-from app.store import Connection, agents, workers
+from app.store import Connection, admission, agents, workers
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +53,25 @@ class Upkeep(threading.Thread):
         started = time.monotonic()
         if started >= self._trust_after:
             self._reap()
-        waited = self._store.transact(workers.overdue, self._settings.max_queue_wait_seconds)
-        for turn_id, failure in [*waited, *self._store.transact(workers.unwanted)]:
-            if self._endings.end(turn_id, failure):
-                logger.warning("turn %s failed: %s", turn_id, failure)
+        self._end_overdue()
+        for turn_id in self._store.transact(workers.unwanted):
+            self._endings.cancel(turn_id)
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
         self._store.transact(workers.forget_dead_workers)
+        self._store.transact(admission.forget_keys, PURGE_BATCH)
         due = self._store.transact(workers.to_ring)
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             self._distrust()
         for turn_id in due:
             self._endings.doorbell.ring(turn_id)
+
+    def _end_overdue(self) -> None:
+        wait, raise_fence = self._settings.max_queue_wait_seconds, self._endings.log.raise_fence
+        for turn_id, failure in self._store.transact(workers.overdue, wait):
+            ended = self._store.transact(workers.end_overdue, turn_id, wait, raise_fence)
+            if ended:
+                logger.warning("turn %s failed: %s", turn_id, failure)
+                self._endings.announce([ended])
 
     def _reap(self) -> None:
         started = time.monotonic()

@@ -17,28 +17,27 @@ from collections.abc import Callable
 from app.domain.errors import Unavailable
 from app.settings import Settings
 from app.store import Store, workers
+from app.store.workers import Renewal
 
 logger = logging.getLogger(__name__)
 
 
 class Lease(threading.Thread):
-    """Calls back on the loop: `on_cancel` with the turns to be stopped, `on_owned` at each renewal with all turns that
-    this worker owns, `on_lost` when the lease was lost."""
+    """Calls back on the loop: `on_renewed` at each renewal with what Postgres says of this worker's turns, `on_lost`
+    when the lease was lost."""
 
     def __init__(
         self,
         settings: Settings,
         loop: asyncio.AbstractEventLoop,
         *,
-        on_cancel: Callable[[set[str]], object],
-        on_owned: Callable[[set[str]], object],
+        on_renewed: Callable[[Renewal], object],
         on_lost: Callable[[], object],
     ) -> None:
         super().__init__(name="lease", daemon=True)
         self._settings = settings
         self._loop = loop
-        self._on_cancel = on_cancel
-        self._on_owned = on_owned
+        self._on_renewed = on_renewed
         self._on_lost = on_lost
         self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease")
         self._stopping = threading.Event()
@@ -86,14 +85,11 @@ class Lease(threading.Thread):
 
     def _renew(self) -> None:
         asked = time.monotonic()
-        cancelled = self._store.transact(workers.renew, self.worker_id, self._settings.lease_seconds)
-        if cancelled is None:
+        renewal = self._store.transact(workers.renew, self.worker_id, self._settings.lease_seconds)
+        if renewal is None:
             logger.warning("the lease was lost: this worker drops its turns and registers anew")
             self._loop.call_soon_threadsafe(self._on_lost)
             self.register()
             return
         self._valid_until = asked + self._settings.lease_seconds
-        if cancelled:
-            self._loop.call_soon_threadsafe(self._on_cancel, cancelled)
-        owned = self._store.transact(workers.running_turns, self.worker_id)
-        self._loop.call_soon_threadsafe(self._on_owned, owned)
+        self._loop.call_soon_threadsafe(self._on_renewed, renewal)

@@ -17,9 +17,11 @@ from redis.exceptions import RedisError
 from app.dispatch import Doorbell
 from app.domain.errors import CaravanError, Unavailable
 from app.endings import Endings
+from app.events.cancellations import hear_cancellations
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings
 from app.store import Store, claims, workers
+from app.store.workers import Renewal
 from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
 from tasks.engine.attempt import Attempt, Tools
@@ -59,9 +61,7 @@ class Runtime:
         self._doorbell = Doorbell()
         self._sync_log = SyncLog(self._settings.redis_url.get_secret_value())
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_SECONDS)
-        self._lease = Lease(
-            self._settings, self._loop, on_cancel=self._cancel_all, on_owned=self._reconcile, on_lost=self._drop_all
-        )
+        self._lease = Lease(self._settings, self._loop, on_renewed=self._renewed, on_lost=self._drop_all)
         self._lease.register()
         self._lease.start()
         self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell))
@@ -72,7 +72,10 @@ class Runtime:
     async def _start(self) -> None:
         self._log = EventLog(self._settings.redis_url.get_secret_value())
         self._stack = await LlamaStack.start(self._settings)
-        self._touching = asyncio.create_task(self._touch(), name="touch")
+        self._background = [
+            asyncio.create_task(self._touch(), name="touch"),
+            asyncio.create_task(hear_cancellations(self._log, self._cancel), name="cancellations"),
+        ]
 
     def run(self, turn_id: str) -> str:
         """Runs a turn if it can be claimed, and waits for it; gives how that went, for the task's log line."""
@@ -87,7 +90,7 @@ class Runtime:
         """Cancels the turn that a thread waits for, given its native id."""
         turn_id = self._waiting.get(thread)
         if turn_id is not None:
-            self._loop.call_soon_threadsafe(self._cancel_all, {turn_id})
+            self._loop.call_soon_threadsafe(self._cancel, turn_id)
 
     def stop(self) -> None:
         """Hands the running turns over to other workers, then ends everything."""
@@ -108,7 +111,8 @@ class Runtime:
         self._thread.join(timeout=5)
 
     async def _stop(self) -> None:
-        self._touching.cancel()
+        for task in self._background:
+            task.cancel()
         self._stopping = True
         for attempt in self._running.values():
             attempt.hand_over()
@@ -153,7 +157,12 @@ class Runtime:
             logger.info("claimed, attempt %d", claim.fence)
             await self._keep_registry_current(claim.registry_version)
             tools = Tools(self._settings, self._store, self._log, self._stack, self._lease.valid)
-            attempt = self._running[turn_id] = Attempt(tools, claim)
+            try:
+                attempt = self._running[turn_id] = Attempt(tools, claim)
+            except Exception:
+                logger.exception("the turn cannot be read; it is put back, at the cost of one of its failures")
+                await self._disown(turn_id, broken=True)
+                return "broken"
             if self._stopping:
                 attempt.hand_over()
             try:
@@ -163,6 +172,8 @@ class Runtime:
                 if self._running.get(turn_id) is attempt:
                     del self._running[turn_id]
             logger.info("attempt %d: %s", claim.fence, outcome)
+            if outcome == "broken":
+                await self._disown(turn_id, broken=True)
             to_ring = turn_id if outcome == "handed over" else attempt.following
             if to_ring is not None:
                 await asyncio.to_thread(self._doorbell.ring, to_ring)
@@ -197,7 +208,7 @@ class Runtime:
             task.add_done_callback(self._disowning.discard)
         self._owned_unknown = unknown
 
-    async def _disown(self, turn_id: str) -> None:
+    async def _disown(self, turn_id: str, *, broken: bool = False) -> None:
         with contextlib.suppress(Unavailable):  # the next renewals try again
             queued, ended = await self._store.run(
                 workers.disown,
@@ -205,6 +216,7 @@ class Runtime:
                 self._lease.worker_id,
                 self._settings.max_worker_losses,
                 self._sync_log.raise_fence,
+                broken=broken,
             )
             logger.warning("turn %s was claimed here and is not run here", turn_id)
             if queued:
@@ -213,9 +225,16 @@ class Runtime:
                 endings = Endings(self._store, self._sync_log, self._doorbell)
                 await asyncio.to_thread(endings.announce, [ended])
 
-    def _cancel_all(self, turn_ids: set[str]) -> None:
-        for turn_id in turn_ids & self._running.keys():
+    def _cancel(self, turn_id: str) -> None:
+        if turn_id in self._running:
             self._running[turn_id].cancel()
+
+    def _renewed(self, renewal: Renewal) -> None:
+        for turn_id in renewal.overdue & self._running.keys():
+            self._running[turn_id].expire()
+        for turn_id in renewal.cancelled:
+            self._cancel(turn_id)
+        self._reconcile(renewal.owned)
 
     def _drop_all(self) -> None:
         for attempt in self._running.values():

@@ -66,7 +66,7 @@ async def delete_agent(agent_id: AgentId, service: CurrentService, owner: Owner)
 async def end_all(service: CurrentService, turn_ids: list[str]) -> None:
     """Ends the turns of something deleted; those that run are cancelled by their workers."""
     for turn_id in reversed(turn_ids):
-        await service.end(turn_id, DELETED)
+        await service.cancel(turn_id, DELETED)
 
 
 def _shape(row: AgentRow) -> JSON:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +12,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from app.domain.errors import CaravanError, Conflict, InvalidRequest, NotFound, TurnFailure, Unavailable
+from app.domain.errors import (
+    CaravanError,
+    Conflict,
+    InvalidRequest,
+    KeyReused,
+    NotFound,
+    TooManyTurns,
+    TurnFailure,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +29,8 @@ STATUSES: dict[type[CaravanError], int] = {
     InvalidRequest: 400,
     NotFound: 404,
     Conflict: 409,
+    KeyReused: 422,
+    TooManyTurns: 429,
     Unavailable: 503,
 }
 
@@ -28,12 +41,14 @@ class ErrorDetail(BaseModel):
     detail: str
 
 
-def answers(model: type[BaseModel]) -> dict[str, Any]:
-    """A route's answer as documented. Routes give plain JSON values in that shape: what is stored is sent as it is."""
-    return {
-        "response_model": None,
-        "responses": {200: {"model": model}, 404: {"model": ErrorDetail}, 503: {"model": ErrorDetail}},
-    }
+def answers(model: type[BaseModel], also: Mapping[int, str] = MappingProxyType({})) -> dict[str, Any]:
+    """A route's answer as documented. Routes give plain JSON values in that shape: what is stored is sent as it is.
+
+    `also`: other statuses that come with the same model, and what they mean.
+    """
+    documented: dict[int, Any] = {status: {"model": model, "description": meaning} for status, meaning in also.items()}
+    errors = {404: {"model": ErrorDetail}, 503: {"model": ErrorDetail}}
+    return {"response_model": None, "responses": {200: {"model": model}, **documented, **errors}}
 
 
 def failure_status(failure: TurnFailure) -> int:
@@ -56,7 +71,7 @@ def install(app: FastAPI, request_max_bytes: int) -> None:
 async def _error(request: Request, error: Exception) -> JSONResponse:
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
     headers = {}
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | TooManyTurns):
         headers["Retry-After"] = "2"
     if isinstance(error, Conflict):
         headers["x-should-retry"] = "false"

@@ -13,10 +13,11 @@ from app.dispatch import Doorbell
 from app.domain.errors import TurnFailure
 from app.domain.events import Event, EventId
 from app.domain.turns import TurnStatus
-from app.endings import Endings
+from app.endings import CANCELLED, Endings
 from app.events.follow import Relay
 from app.settings import Settings
 from app.store import Store, turns
+from app.store.admission import Caps
 from app.store.turns import Ended
 
 LOCAL_PRINCIPAL = "local"
@@ -48,12 +49,19 @@ class Service:
     async def ring(self, turn_id: str, traceparent: str | None) -> None:
         await asyncio.to_thread(self.doorbell.ring, turn_id, traceparent)
 
-    async def end(self, turn_id: str, failure: TurnFailure) -> None:
-        await asyncio.to_thread(self.endings.end, turn_id, failure)
+    async def cancel(self, turn_id: str, failure: TurnFailure = CANCELLED) -> TurnStatus | None:
+        return await asyncio.to_thread(self.endings.cancel, turn_id, failure)
 
-    async def announce(self, ended: Sequence[Ended]) -> None:
+    async def announce(self, ended: Sequence[Ended], interrupted: str | None = None) -> None:
         if ended:
             await asyncio.to_thread(self.endings.announce, ended)
+        if interrupted:
+            await asyncio.to_thread(self.endings.log.ask_to_cancel, interrupted)
+
+    @property
+    def caps(self) -> Caps:
+        configured = self.settings
+        return Caps(configured.max_turns_per_session, configured.max_turns_per_principal, configured.max_turns)
 
 
 async def _service(request: Request) -> Service:

@@ -1,7 +1,11 @@
-"""Turns of a session: create, resume, read, follow."""
+"""Turns of a session: create, resume, cancel, read, follow."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import hashlib
+import json
 import uuid
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -17,14 +21,16 @@ from app.api.identifiers import AgentId, SessionId, StepId, TurnId
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import TurnStream
 from app.domain import shapes
-from app.domain.errors import Conflict, InvalidRequest, NotFound, TurnFailure, Unavailable
+from app.domain.errors import InvalidRequest, NotFound, TurnFailure, Unavailable
 from app.domain.events import START, Event, EventId
-from app.domain.turns import TurnStatus
-from app.store import agents, turns
+from app.domain.turns import ENDED, MultitaskStrategy, TurnStatus
+from app.store import admission, agents, turns
+from app.store.admission import Accepted, Resumption, Submission
 from app.store.turns import TurnRow
 
 router = APIRouter(tags=["Agents"])
 
+CANCEL_WAIT_SECONDS = 3.0
 TURN_PATH = "/agents/{agent_id}/session/{session_id}/turn"
 
 
@@ -34,6 +40,11 @@ class CreateTurn(BaseModel):
     documents: list[Document] | None = None
     toolgroups: list[AgentToolGroup] | None = None
     tool_config: ToolConfig | None = None
+    multitask_strategy: MultitaskStrategy | None = Field(
+        default=None,
+        description="If the session has a turn that is queued or running: `enqueue` (default) waits for it, `reject` "
+        "answers 409, `interrupt` cancels it. `X-Multitask-Strategy` says the same.",
+    )
 
 
 class ResumeTurn(BaseModel):
@@ -49,29 +60,66 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        description="For 24 hours, the same key with the same request gives the same turn and its stream",
+    ),
+]
+
+
 @router.post(TURN_PATH, response_model=None, responses=_STREAM)
 async def create_turn(
-    agent_id: AgentId, session_id: SessionId, body: CreateTurn, request: Request, service: CurrentService, owner: Owner
+    agent_id: AgentId,
+    session_id: SessionId,
+    body: CreateTurn,
+    request: Request,
+    service: CurrentService,
+    owner: Owner,
+    idempotency_key: IdempotencyKey = None,
+    x_multitask_strategy: Annotated[
+        MultitaskStrategy | None, Header(description="As `multitask_strategy` of the body, which goes first")
+    ] = None,
+    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> Response:
     """Create a turn. It is stored before anything is answered, and runs whether the client stays or leaves."""
-    turn_id = str(uuid.uuid4())
-    stored = body.model_dump(mode="json", exclude={"stream"})
-    superseded = await _accept(service, owner, agent_id, session_id, turn_id, stored)
-    await service.ring(turn_id, request.headers.get("traceparent"))
-    await service.announce(superseded)
-    return await _answer(service, agent_id, session_id, turn_id, START, bool(body.stream))
+    stored = body.model_dump(mode="json", exclude={"stream", "multitask_strategy"})
+    accepted = await _accept(
+        service,
+        Submission(
+            owner=owner,
+            agent_id=agent_id,
+            session_id=session_id,
+            turn_id=str(uuid.uuid4()),
+            request=stored,
+            request_hash=_hash("turn", agent_id, session_id, stored),
+            caps=service.caps,
+            strategy=body.multitask_strategy or x_multitask_strategy or MultitaskStrategy.ENQUEUE,
+            idempotency_key=idempotency_key,
+            is_retry=x_stainless_retry_count > 0,
+        ),
+    )
+    if accepted.is_new:
+        await service.ring(accepted.turn_id, request.headers.get("traceparent"))
+        await service.announce(accepted.ended, accepted.interrupted)
+    return await _answer(service, agent_id, session_id, accepted, bool(body.stream))
 
 
-async def _accept(
-    service: Service, owner: str, agent_id: str, session_id: str, turn_id: str, stored: JSON
-) -> list[turns.Ended]:
+def _hash(*what: Any) -> bytes:
+    """Of all that makes a request the same one: not whether it streams, nor its strategy."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()
+
+
+async def _accept(service: Service, asked: Submission) -> Accepted:
     """A lost commit reply is resolved by reading the turn's id again."""
     try:
-        return await service.store.run(turns.accept, owner, agent_id, session_id, turn_id, stored)
+        return await service.store.run(admission.accept, asked, service.endings.log.raise_fence)
     except Unavailable:
-        if not await service.store.run(turns.standings, [turn_id]):
+        if not await service.store.run(turns.standings, [asked.turn_id]):
             raise
-        return []
+        return Accepted(asked.turn_id)
 
 
 @router.post(TURN_PATH + "/{turn_id}/resume", response_model=None, responses=_STREAM)
@@ -83,49 +131,81 @@ async def resume_turn(
     request: Request,
     service: CurrentService,
     owner: Owner,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Resume a turn that awaits input, with the responses of the client's tools."""
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
-    responses = _matched(turn, body.tool_responses)
-    leg_before = await _resume(service, turn, responses)
-    await service.ring(turn_id, request.headers.get("traceparent"))
-    return await _answer(service, agent_id, session_id, turn_id, leg_before, bool(body.stream))
+    responses = [response.model_dump(mode="json") for response in body.tool_responses]
+    request_hash = _hash("resume", turn_id, responses)
+    accepted = await _resume(
+        service, turn, Resumption(owner, session_id, turn_id, responses, request_hash, idempotency_key)
+    )
+    if accepted.is_new:
+        await service.ring(turn_id, request.headers.get("traceparent"))
+    return await _answer(service, agent_id, session_id, accepted, bool(body.stream))
 
 
-async def _resume(service: Service, turn: TurnRow, responses: list[JSON]) -> EventId:
-    """The last event of the leg before. A lost commit reply is resolved by reading the turn again."""
+async def _resume(service: Service, turn: TurnRow, asked: Resumption) -> Accepted:
+    """A lost commit reply is resolved by reading the turn again."""
     try:
-        return await service.store.run(turns.resume, turn.turn_id, turn.session_id, responses)
+        return await service.store.run(admission.resume, asked)
     except Unavailable:
-        standing = (await service.store.run(turns.standings, [turn.turn_id])).get(turn.turn_id)
+        standing = (await service.store.run(turns.standings, [asked.turn_id])).get(asked.turn_id)
         if standing is None or standing.status == TurnStatus.AWAITING_INPUT:
             raise
-        return turn.last
+        return Accepted(asked.turn_id, turn.last)
 
 
-def _matched(turn: TurnRow, responses: list[ToolResponse]) -> list[JSON]:
-    """The responses in the order of the calls that await them. Raises Conflict, InvalidRequest."""
-    if turn.status != TurnStatus.AWAITING_INPUT or turn.output_message is None:
-        raise Conflict(f"Turn '{turn.turn_id}' is {turn.status}, so it does not await tool responses")
-    asked = [call["call_id"] for call in turn.output_message["tool_calls"]]
-    given = {response.call_id: response.model_dump(mode="json") for response in responses}
-    missing, unasked = set(asked) - given.keys(), given.keys() - set(asked)
-    if missing or unasked:
-        problem = (
-            f"missing: {', '.join(sorted(missing))}" if missing else f"not asked for: {', '.join(sorted(unasked))}"
-        )
-        raise InvalidRequest(f"tool_responses: must answer each call of the turn by its call_id; {problem}")
-    return [given[call_id] for call_id in asked]
+class CancelledTurn(BaseModel):
+    """How a turn stands after it was asked to end: it may have finished before."""
+
+    turn_id: str
+    session_id: str
+    status: TurnStatus
 
 
-async def _answer(
-    service: Service, agent_id: str, session_id: str, turn_id: str, after: EventId, stream: bool
-) -> Response:
+@router.post(
+    TURN_PATH + "/{turn_id}/cancel",
+    **answers(CancelledTurn, {202: "It was asked to end, and its worker has not answered yet"}),
+)
+async def cancel_turn(
+    agent_id: AgentId, session_id: SessionId, turn_id: TurnId, response: Response, service: CurrentService, owner: Owner
+) -> JSON:
+    """Cancel a turn that is queued, running or awaiting input; its recorded steps are kept, its session goes on.
+
+    Asking again does no harm. `status` tells how the turn ended: it may have finished before it could be cancelled. It
+    is `running`, with 202, if its worker cannot be reached at this moment.
+    """
+    await service.store.run(agents.get_session, owner, agent_id, session_id)
+    turn = await service.store.run(turns.get_turn, session_id, turn_id)
+    status = await _cancelled(service, turn)
+    response.status_code = 200 if status in ENDED else 202
+    return {"turn_id": turn_id, "session_id": session_id, "status": status}
+
+
+async def _cancelled(service: Service, turn: TurnRow) -> TurnStatus:
+    """Asks until the turn has ended: a running one may come to await input, or be handed over, in between."""
+    status: TurnStatus | None = turn.status
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CANCEL_WAIT_SECONDS):
+            while status not in ENDED:
+                status = await service.cancel(turn.turn_id)
+                if status is None:
+                    raise NotFound("Turn", turn.turn_id)
+                if status == TurnStatus.RUNNING:
+                    async for _ in service.relay.follow(turn.turn_id, turn.last, through_legs=False):
+                        pass
+    return status or turn.status
+
+
+async def _answer(service: Service, agent_id: str, session_id: str, accepted: Accepted, stream: bool) -> Response:
     """One leg, as a stream or as the turn that it leads to."""
+    turn_id = accepted.turn_id
     location = f"/v1/agents/{agent_id}/session/{session_id}/turn/{turn_id}"
     headers = {"Location": location, "X-Turn-Id": turn_id}
-    batches = service.relay.follow(turn_id, after, through_legs=False, just_accepted=after == START)
+    just_accepted = accepted.is_new and accepted.after == START
+    batches = service.relay.follow(turn_id, accepted.after, through_legs=False, just_accepted=just_accepted)
     if stream:
         return _stream(service, batches, headers)
     async for _ in batches:

@@ -39,6 +39,14 @@ class Conflict(CaravanError):
     """The request is right, but not now: another one got there first (409)."""
 
 
+class TooManyTurns(CaravanError):
+    """There is no room for another turn now; worth trying again later (429)."""
+
+
+class KeyReused(CaravanError):
+    """The Idempotency-Key was given before, with another request (422)."""
+
+
 class Unavailable(CaravanError):
     """A server that this needs cannot be reached; worth trying again later (503)."""
 

@@ -4,6 +4,7 @@
 `caravan:{turn}:tail`, a stream: the events since the last recorded segment; an entry's id is the event's, `a` the id
 that it follows, `k` its kind, `d` its data.
 `caravan:{turn}`, a channel: batches of events, one `after id kind data` a line.
+`caravan:cancel`, a channel: ids of running turns that are to be cancelled, for whichever worker runs them.
 
 Both keys live for `TTL_SECONDS` from the last append (a worker also refreshes those of its silent turns), and for
 `ENDED_TTL_SECONDS` once the turn has ended. The hash tag puts a turn's keys in one slot of a cluster.
@@ -30,6 +31,7 @@ CONNECT_TIMEOUT_SECONDS = 2.0
 SOCKET_TIMEOUT_SECONDS = 5.0
 PIPELINE = 200  # appends of different turns that go to Redis in one round trip
 
+CANCEL_CHANNEL = "caravan:cancel"
 AppendOutcome = Literal["ok", "missing", "stale"]
 
 _APPEND = """
@@ -159,6 +161,14 @@ class SyncLog:
         try:
             self._raise(keys=keys, args=[fence, last.fence, last.n, TTL_SECONDS * 1000, ""])
             self._append(keys=keys, args=_append_arguments(turn_id, fence, events, None, ENDED_TTL_SECONDS))
+        except RedisError:
+            return False
+        return True
+
+    def ask_to_cancel(self, turn_id: str) -> bool:
+        """Tells the workers at once; False if Redis is down: the turn's worker learns it with its next renewal."""
+        try:
+            self._redis.publish(CANCEL_CHANNEL, turn_id)
         except RedisError:
             return False
         return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, text, true, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, or_, select, text, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import AttemptLost, TurnFailure
@@ -96,12 +96,20 @@ FIRST_IN_SESSION = ~exists().where(
 )
 """Whether every earlier turn of its session has ended."""
 
+CLAIMABLE = (
+    turns.c.status == TurnStatus.QUEUED,
+    turns.c.cancel_requested_at.is_(None),
+    or_(turns.c.claimable_at.is_(None), turns.c.claimable_at <= _NOW),
+    FIRST_IN_SESSION,
+)
+"""A queued turn that may be claimed now."""
+
 _CLAIM = (
     update(turns)
     .where(
         turns.c.turn_id == bindparam("of_turn"),
-        turns.c.status == TurnStatus.QUEUED,
-        FIRST_IN_SESSION,
+        *CLAIMABLE,
+        turns.c.failures < bindparam("fewer_failures"),
         exists().where(
             workers.c.worker_id == bindparam("by_worker"), workers.c.dead_at.is_(None), workers.c.lease_until > _NOW
         ),
@@ -129,12 +137,21 @@ _PAST = (
 _LEDGER = select(tool_calls).where(tool_calls.c.turn_id == bindparam("of_turn"))
 
 
-def claim(connection: Connection, turn_id: str, worker_id: str, timeout_seconds: float) -> Claim | None:
+def claim(
+    connection: Connection,
+    turn_id: str,
+    worker_id: str,
+    timeout_seconds: float,
+    *,
+    fewer_failures_than: int = 2**31 - 1,
+) -> Claim | None:
     """Takes a queued turn that is the first unfinished one of its session; needs a live lease.
 
-    None: somebody else has it, it has ended, an earlier turn of its session has not, or the lease is over.
+    None: somebody else has it, it has ended, an earlier turn of its session has not, it is to be cancelled or waits
+    because it is suspected, it lost as many workers as `fewer_failures_than`, or the lease is over.
     """
     what = {"of_turn": turn_id, "by_worker": worker_id, "timeout": timeout_seconds}
+    what["fewer_failures"] = fewer_failures_than
     row = connection.execute(_CLAIM, what).one_or_none()
     if row is None:
         return None
@@ -158,6 +175,12 @@ def claim(connection: Connection, turn_id: str, worker_id: str, timeout_seconds:
         registry_version=context.version,
         **_recorded(connection, row),
     )
+
+
+def wants_process(connection: Connection, turn_id: str, failures: int) -> bool:
+    """Whether a turn could be claimed now but for having lost so many workers: it wants a process of its own."""
+    query = select(turns.c.turn_id).where(turns.c.turn_id == turn_id, *CLAIMABLE, turns.c.failures >= failures)
+    return connection.execute(query).one_or_none() is not None
 
 
 def _recorded(connection: Connection, row: Row[Any]) -> dict[str, Any]:

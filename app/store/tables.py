@@ -129,6 +129,8 @@ turns = Table(
     Column("started_at", _Time),
     Column("deadline_at", _Time, comment="End of this leg while running, of the wait while awaiting input"),
     Column("completed_at", _Time),
+    Column("claimable_at", _Time, comment="A turn suspected of crashing its worker waits until then"),
+    Column("request_hash", LargeBinary, comment="SHA-256 of what was asked for: tells a retry from a new turn"),
     UniqueConstraint("session_id", "number"),
     CheckConstraint(f"status IN ({_one_of(frozenset(TurnStatus))})", name="status"),
     CheckConstraint("status <> 'running' OR worker_id IS NOT NULL", name="running_has_worker"),
@@ -144,6 +146,27 @@ Index(
     postgresql_where=text(f"cancel_requested_at IS NOT NULL AND {UNWANTED_SQL}"),
 )
 Index("ix_turns_created", turns.c.created_at)
+Index("ix_turns_active", turns.c.owner, postgresql_where=text("status IN ('queued', 'running')"))
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("key", Text, primary_key=True, comment="Idempotency-Key of a request that made or resumed a turn"),
+    Column("request_hash", LargeBinary, nullable=False),
+    Column(
+        "turn_id",
+        _Id,
+        # The key comes first in its transaction, so that of two requests with the same one the second waits.
+        ForeignKey("turns.turn_id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        nullable=False,
+    ),
+    Column("after_fence", Integer, nullable=False, server_default=text("0"), comment="Event that the leg follows"),
+    Column("after_n", BigInteger, nullable=False, server_default=text("0")),
+    Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+)
+Index("ix_idempotency_keys_created", idempotency_keys.c.created_at)
+Index("ix_idempotency_keys_turn", idempotency_keys.c.turn_id)
 
 journal = Table(
     "journal",

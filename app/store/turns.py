@@ -1,4 +1,4 @@
-"""Turns as everyone but their owner sees them: accepted, read, resumed, ended from outside."""
+"""Turns as everyone but their owner sees them: read, cancelled, ended from outside."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, func, insert, literal, select, text, tuple_, update
 
 from app.domain import events
-from app.domain.errors import Conflict, NotFound, TurnFailure
+from app.domain.errors import NotFound, TurnFailure
 from app.domain.events import Event, EventId, EventKind
 from app.domain.turns import TRANSITIONS, TurnStatus
-from app.store.agents import get_session
 from app.store.tables import UNFINISHED_SQL, event_segments, journal, sessions, turns, workers
 
 RaiseFence = Callable[[str, int, EventId], list[Event] | None]
@@ -53,95 +52,9 @@ class Ended:
     """A turn was ended from outside: the events to publish, and the session's next turn if it is to be rung."""
 
     turn_id: str
+    status: TurnStatus
     events: list[Event]
     following: str | None
-
-
-_TAKE_NUMBER = (
-    update(sessions)
-    .where(
-        sessions.c.session_id == bindparam("of_session"),
-        sessions.c.agent_id == bindparam("of_agent"),
-        sessions.c.owner == bindparam("of_owner"),
-        sessions.c.deleted_at.is_(None),
-    )
-    .values(next_number=sessions.c.next_number + 1)
-    .returning(sessions.c.next_number)
-)
-_AWAITING = select(turns.c.turn_id).where(
-    turns.c.session_id == bindparam("of_session"), turns.c.status == TurnStatus.AWAITING_INPUT
-)
-_ADD_TURN = insert(turns).values(
-    {
-        **{name: bindparam(name) for name in ("turn_id", "session_id", "owner", "number", "request")},
-        "status": TurnStatus.QUEUED,
-        "tool_responses": {},
-        "queued_at": func.clock_timestamp(),
-        "rung_at": func.clock_timestamp(),
-        "rings": 1,
-    }
-)
-
-
-def accept(
-    connection: Connection, owner: str, agent_id: str, session_id: str, turn_id: str, request: dict[str, Any]
-) -> list[Ended]:
-    """Stores a new turn at the end of its session, and supersedes the one that awaits input there, if any.
-
-    Gives the turns that this ended. Raises NotFound: no such agent or session.
-    """
-    where = {"of_session": session_id, "of_agent": agent_id, "of_owner": owner}
-    following = connection.execute(_TAKE_NUMBER, where).scalar()
-    if following is None:
-        get_session(connection, owner, agent_id, session_id)
-        raise NotFound("Session", session_id)
-    superseded = _supersede(connection, session_id) if following > 2 else []
-    row = {"turn_id": turn_id, "session_id": session_id, "owner": owner, "number": following - 1, "request": request}
-    connection.execute(_ADD_TURN, row)
-    return superseded
-
-
-def _supersede(connection: Connection, session_id: str) -> list[Ended]:
-    failure = TurnFailure("superseded", "A newer turn of the session superseded this one while it awaited input.")
-    awaiting = connection.scalars(_AWAITING, {"of_session": session_id}).all()
-    ended = [end(connection, turn_id, failure, _no_tail) for turn_id in awaiting]
-    return [one for one in ended if one is not None]
-
-
-def _no_tail(turn_id: str, fence: int, last: EventId) -> None:
-    """A turn that awaits input has every event recorded, so there is no tail to save."""
-
-
-def resume(connection: Connection, turn_id: str, session_id: str, responses: list[dict[str, Any]]) -> EventId:
-    """Stores a client's tool responses and puts the turn back to queued for its next leg.
-
-    Gives the last event of the leg before. Raises NotFound, Conflict: the turn does not await input.
-    """
-    row = connection.execute(
-        select(turns).where(turns.c.turn_id == turn_id, turns.c.session_id == session_id).with_for_update()
-    ).one_or_none()
-    if row is None:
-        raise NotFound("Turn", turn_id)
-    if row.status != TurnStatus.AWAITING_INPUT:
-        raise Conflict(f"Turn '{turn_id}' is {row.status}, so it does not await tool responses")
-    steps = read_steps(connection, [turn_id])[turn_id]
-    ordinal = max(i for i, step in enumerate(steps) if step["step_type"] == "inference")
-    connection.execute(
-        update(turns)
-        .where(turns.c.turn_id == turn_id)
-        .values(
-            status=TurnStatus.QUEUED,
-            tool_responses={**row.tool_responses, str(ordinal): responses},
-            output_message=None,
-            completed_at=None,
-            cancel_requested_at=None,
-            deadline_at=None,
-            queued_at=func.clock_timestamp(),
-            rung_at=func.clock_timestamp(),
-            rings=1,
-        )
-    )
-    return EventId(row.last_fence, row.last_n)
 
 
 def get_turn(connection: Connection, session_id: str, turn_id: str) -> TurnRow:
@@ -197,17 +110,22 @@ def segments_after(connection: Connection, turn_id: str, cursor: EventId, limit:
     return [event for content in connection.scalars(query) for event in events.unpack(content) if event.id > cursor]
 
 
-def request_cancel(connection: Connection, turn_id: str) -> TurnStatus | None:
-    """Asks a running turn's owner to cancel it; gives the turn's status, None if it is gone."""
-    asked = (
-        update(turns)
-        .where(turns.c.turn_id == turn_id, turns.c.status == TurnStatus.RUNNING)
-        .values(cancel_requested_at=func.coalesce(turns.c.cancel_requested_at, func.clock_timestamp()))
-    )
-    if connection.execute(asked).rowcount:
-        return TurnStatus.RUNNING
-    status = connection.scalar(select(turns.c.status).where(turns.c.turn_id == turn_id))
-    return None if status is None else TurnStatus(status)
+def cancel(
+    connection: Connection, turn_id: str, failure: TurnFailure, raise_fence: RaiseFence
+) -> tuple[TurnStatus | None, Ended | None]:
+    """Ends a queued or awaiting turn; asks the owner of a running one to cancel it.
+
+    Gives (the turn's status now, None if it is gone; its end if this ended it). Asking twice does no harm.
+    """
+    row = connection.execute(select(turns.c.status).where(turns.c.turn_id == turn_id).with_for_update()).one_or_none()
+    if row is None:
+        return None, None
+    if row.status == TurnStatus.RUNNING:
+        asked = func.coalesce(turns.c.cancel_requested_at, func.clock_timestamp())
+        connection.execute(update(turns).where(turns.c.turn_id == turn_id).values(cancel_requested_at=asked))
+        return TurnStatus.RUNNING, None
+    ended = end(connection, turn_id, failure, raise_fence)
+    return (ended.status if ended else TurnStatus(row.status)), ended
 
 
 def end(
@@ -248,7 +166,7 @@ def end(
             deadline_at=None,
         )
     )
-    return Ended(turn_id, terminal, next_in_session(connection, row.session_id, row.number))
+    return Ended(turn_id, status, terminal, next_in_session(connection, row.session_id, row.number))
 
 
 _ADD_SEGMENT = insert(event_segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,16 @@ from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_,
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
-from app.store.claims import FIRST_IN_SESSION
+from app.store.claims import CLAIMABLE, FIRST_IN_SESSION
 from app.store.tables import UNWANTED_SQL, registry_version, seconds, turns, workers
 from app.store.turns import Ended, RaiseFence, end
 
+SUSPECTED_FROM = 2
+"""Workers lost in a row from which on a turn is suspected of crashing them, and waits before its next try."""
+
+SUSPECTED_WAIT_SECONDS = 60
 BATCH = 50
+_NOW = func.clock_timestamp()
 RING_FIRST_SECONDS = 4
 RING_MOST_SECONDS = 60
 KEEP_DEAD_WORKERS_SECONDS = 3600
@@ -28,29 +34,36 @@ class WorkerRow:
     running: int
 
 
+@dataclass(frozen=True)
+class Renewal:
+    """Ids of turns: all that the worker owns; those of them to be cancelled; those past their deadline."""
+
+    owned: set[str]
+    cancelled: set[str]
+    overdue: set[str]
+
+
 def register(connection: Connection, worker_id: str, name: str, lease_seconds: float) -> None:
     lease = func.clock_timestamp() + seconds(lease_seconds)
     connection.execute(insert(workers).values(worker_id=worker_id, name=name, lease_until=lease))
 
 
-def renew(connection: Connection, worker_id: str, lease_seconds: float) -> set[str] | None:
-    """Renews a lease; gives the ids of the worker's turns that are to be cancelled. None: it was found dead."""
+def renew(connection: Connection, worker_id: str, lease_seconds: float) -> Renewal | None:
+    """Renews a lease; tells which of the worker's turns are to end. None: it was found dead."""
     lease = func.clock_timestamp() + seconds(lease_seconds)
     mine = update(workers).where(workers.c.worker_id == worker_id, workers.c.dead_at.is_(None))
     if connection.execute(mine.values(lease_until=lease)).rowcount == 0:
         return None
-    asked = select(turns.c.turn_id).where(
-        turns.c.worker_id == worker_id,
-        turns.c.status == TurnStatus.RUNNING,
-        or_(turns.c.cancel_requested_at.is_not(None), turns.c.deadline_at < func.clock_timestamp()),
+    late = (turns.c.deadline_at < func.clock_timestamp()).label("late")
+    owned = select(turns.c.turn_id, turns.c.cancel_requested_at, late).where(
+        turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING
     )
-    return set(connection.scalars(asked))
-
-
-def running_turns(connection: Connection, worker_id: str) -> set[str]:
-    """The turns that a worker owns."""
-    owned = select(turns.c.turn_id).where(turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING)
-    return set(connection.scalars(owned))
+    rows = connection.execute(owned).all()
+    return Renewal(
+        owned={row.turn_id for row in rows},
+        cancelled={row.turn_id for row in rows if row.cancel_requested_at is not None},
+        overdue={row.turn_id for row in rows if row.late},
+    )
 
 
 def retire(connection: Connection, worker_id: str) -> None:
@@ -95,7 +108,7 @@ def orphans(connection: Connection) -> list[str]:
 def take_from_dead(
     connection: Connection, turn_id: str, max_losses: int, raise_fence: RaiseFence
 ) -> tuple[str | None, Ended | None]:
-    """Puts a dead worker's turn back to queued, or ends it: (its id if it is to be rung, its end if it ended).
+    """Puts a dead worker's turn back to queued, or ends it: (its id if it is to be rung now, its end if it ended).
 
     It ends if it lost `max_losses` workers with no step recorded in between, if it is to be cancelled, or is overdue.
     """
@@ -105,48 +118,56 @@ def take_from_dead(
         .where(exists().where(and_(workers.c.worker_id == turns.c.worker_id, workers.c.dead_at.is_not(None))))
         .with_for_update(skip_locked=True)
     ).one_or_none()
-    return (None, None) if row is None else _requeue_or_end(connection, row, max_losses, raise_fence)
+    return (None, None) if row is None else _requeue_or_end(connection, row, 1, max_losses, raise_fence)
 
 
 def disown(
-    connection: Connection, turn_id: str, worker_id: str, max_losses: int, raise_fence: RaiseFence
+    connection: Connection,
+    turn_id: str,
+    worker_id: str,
+    max_losses: int,
+    raise_fence: RaiseFence,
+    *,
+    broken: bool = False,
 ) -> tuple[str | None, Ended | None]:
-    """As `take_from_dead`, for a turn that this worker owns but does not run: the reply to its claim was lost, say."""
+    """As `take_from_dead`, for a turn that this worker owns but does not run.
+
+    `broken`: it tried, and failed by a fault of this program, which counts as a loss. Otherwise the reply to its claim
+    was lost, which costs nothing.
+    """
     row = connection.execute(
         select(turns)
         .where(turns.c.turn_id == turn_id, turns.c.worker_id == worker_id, turns.c.status == TurnStatus.RUNNING)
         .with_for_update()
     ).one_or_none()
-    return (None, None) if row is None else _requeue_or_end(connection, row, max_losses, raise_fence)
+    return (None, None) if row is None else _requeue_or_end(connection, row, int(broken), max_losses, raise_fence)
 
 
 def _requeue_or_end(
-    connection: Connection, row: Row[Any], max_losses: int, raise_fence: RaiseFence
+    connection: Connection, row: Row[Any], cost: int, max_losses: int, raise_fence: RaiseFence
 ) -> tuple[str | None, Ended | None]:
     turn_id = str(row.turn_id)
-    failures = row.failures + 1
+    failures = row.failures + cost
     overdue = row.deadline_at is not None and row.deadline_at < connection.scalar(select(func.clock_timestamp()))
     if row.cancel_requested_at is not None:
         return None, end(connection, turn_id, TurnFailure("cancelled", "Cancelled."), raise_fence, running=True)
     if overdue:
         return None, end(connection, turn_id, overdue_failure(), raise_fence, running=True)
-    if failures >= max_losses:
+    if cost and failures >= max_losses:
         message = f"The worker running this turn was lost {failures} times in a row with no step finished in between."
         return None, end(connection, turn_id, TurnFailure("worker_lost", message), raise_fence, running=True)
-    connection.execute(
-        update(turns)
-        .where(turns.c.turn_id == turn_id)
-        .values(
-            status=TurnStatus.QUEUED,
-            fence=turns.c.fence + 1,
-            failures=failures,
-            tail_lost=True,
-            queued_at=func.clock_timestamp(),
-            rung_at=func.clock_timestamp(),
-            rings=1,
-        )
-    )
-    return turn_id, None
+    values = {"status": TurnStatus.QUEUED, "fence": turns.c.fence + 1, "failures": failures, "tail_lost": True}
+    suspected = failures >= SUSPECTED_FROM
+    values |= _later(failures) if suspected else {"queued_at": _NOW, "rung_at": _NOW, "rings": 1}
+    connection.execute(update(turns).where(turns.c.turn_id == turn_id).values(values))
+    return None if suspected else turn_id, None
+
+
+def _later(failures: int) -> dict[str, Any]:
+    """Twice as long after each loss, and not all that were lost together at once; upkeep rings when it is time."""
+    wait = min(SUSPECTED_WAIT_SECONDS, 2.0 ** (failures - 1)) * random.uniform(0.5, 1.5)  # noqa: S311
+    at = _NOW + seconds(wait)
+    return {"claimable_at": at, "queued_at": at, "rung_at": None, "rings": 0}
 
 
 def overdue_failure() -> TurnFailure:
@@ -160,9 +181,8 @@ def to_ring(connection: Connection) -> list[str]:
     due = (
         select(turns.c.turn_id)
         .where(
-            turns.c.status == TurnStatus.QUEUED,
+            *CLAIMABLE,
             or_(turns.c.rung_at.is_(None), turns.c.rung_at < now - func.make_interval(0, 0, 0, 0, 0, 0, wait)),
-            FIRST_IN_SESSION,
         )
         .order_by(turns.c.queued_at)
         .limit(BATCH)
@@ -172,30 +192,51 @@ def to_ring(connection: Connection) -> list[str]:
     return list(connection.scalars(ring.returning(turns.c.turn_id)))
 
 
-def overdue(connection: Connection, max_queue_wait_seconds: float) -> list[tuple[str, TurnFailure]]:
-    """Turns that waited too long, for a worker or for input, and why that ends them."""
+def end_overdue(
+    connection: Connection, turn_id: str, max_queue_wait_seconds: float, raise_fence: RaiseFence
+) -> Ended | None:
+    """Ends a turn that `overdue` gave, unless somebody has taken or ended it since."""
+    connection.execute(select(turns.c.turn_id).where(turns.c.turn_id == turn_id).with_for_update())
+    still = overdue(connection, max_queue_wait_seconds, only=turn_id)
+    return end(connection, turn_id, still[0][1], raise_fence) if still else None
+
+
+def overdue(
+    connection: Connection, max_queue_wait_seconds: float, *, only: str | None = None
+) -> list[tuple[str, TurnFailure]]:
+    """Turns that waited too long, for a worker or for input, and why that ends them.
+
+    A suspected turn waits for a process of its own, of which there are few, so it has until its deadline.
+    """
     now = func.clock_timestamp()
-    waited = and_(
-        turns.c.status == TurnStatus.QUEUED, turns.c.queued_at < now - seconds(max_queue_wait_seconds), FIRST_IN_SESSION
-    )
-    unanswered = and_(turns.c.status == TurnStatus.AWAITING_INPUT, turns.c.deadline_at < now)
     alive = select(func.count()).where(workers.c.dead_at.is_(None), workers.c.lease_until > now).scalar_subquery()
-    query = select(turns.c.turn_id, turns.c.status, alive.label("workers")).where(or_(waited, unanswered)).limit(BATCH)
+    waited = and_(
+        turns.c.status == TurnStatus.QUEUED,
+        turns.c.queued_at < now - seconds(max_queue_wait_seconds),
+        or_(turns.c.failures < SUSPECTED_FROM, alive == 0),
+        FIRST_IN_SESSION,
+    )
+    late = and_(turns.c.status.in_([TurnStatus.QUEUED, TurnStatus.AWAITING_INPUT]), turns.c.deadline_at < now)
+    query = select(turns.c.turn_id, turns.c.status, turns.c.deadline_at < now, alive).where(or_(waited, late))
+    if only is not None:
+        query = query.where(turns.c.turn_id == only)
     return [
-        (row.turn_id, _overdue(row.status, row.workers, max_queue_wait_seconds)) for row in connection.execute(query)
+        (turn_id, _overdue(status, bool(is_late), live, max_queue_wait_seconds))
+        for turn_id, status, is_late, live in connection.execute(query.limit(BATCH))
     ]
 
 
-def unwanted(connection: Connection) -> list[tuple[str, TurnFailure]]:
+def unwanted(connection: Connection) -> list[str]:
     """Turns that nobody runs and whose end was asked for while somebody did, or when their session was deleted."""
     query = select(turns.c.turn_id).where(turns.c.cancel_requested_at.is_not(None), text(UNWANTED_SQL))
-    failure = TurnFailure("cancelled", "Cancelled.")
-    return [(turn_id, failure) for turn_id in connection.scalars(query.limit(BATCH))]
+    return list(connection.scalars(query.limit(BATCH)))
 
 
-def _overdue(status: str, live: int, max_queue_wait_seconds: float) -> TurnFailure:
+def _overdue(status: str, is_late: bool, live: int, max_queue_wait_seconds: float) -> TurnFailure:
     if status == TurnStatus.AWAITING_INPUT:
         return TurnFailure("input_wait_exceeded", "No tool responses came in time (INPUT_WAIT_SECONDS).")
+    if is_late:
+        return overdue_failure()
     why = f"{live} worker processes run, and none had room" if live else "no worker is running"
     message = f"No worker took the turn within {max_queue_wait_seconds:g} s (MAX_QUEUE_WAIT_SECONDS): {why}."
     return TurnFailure("queue_wait_exceeded", message)

@@ -42,7 +42,8 @@ from tasks.stack import LlamaStack
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
-Outcome = Literal["completed", "awaiting_input", "failed", "cancelled", "handed over", "lost"]
+Outcome = Literal["completed", "awaiting_input", "failed", "cancelled", "handed over", "lost", "broken"]
+Reason = Literal["cancel", "expire", "drop", "hand over"]
 
 _steps: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
 _inputs: TypeAdapter[list[Message]] = TypeAdapter(list[UserMessage | ToolResponseMessage])
@@ -61,7 +62,7 @@ class Tools:
 
 
 class Attempt:
-    """Owns a claimed turn until `run` returns. `cancel`, `drop` and `hand_over` stop it, from the same loop."""
+    """Owns a claimed turn until `run` returns. `cancel`, `expire`, `drop` and `hand_over` stop it, on the same loop."""
 
     def __init__(self, given: Tools, claim: Claim) -> None:
         self._given = given
@@ -73,14 +74,18 @@ class Attempt:
         self._resolved = tools.Resolved()
         self._leg_started = datetime.now(UTC)
         self._task: asyncio.Task[Outcome] | None = None
-        self._stop: Literal["cancel", "drop", "hand over"] | None = None
+        self._stop: Reason | None = None
         self._draining = False
         self._started_calls: set[tuple[int, int]] = set()
         self.done = asyncio.Event()
 
     def cancel(self) -> None:
-        """Ends the turn as cancelled, or as timed out if it is past its deadline."""
+        """Ends the turn as cancelled."""
         self._interrupt("cancel")
+
+    def expire(self) -> None:
+        """Ends the turn as failed: it is past its deadline."""
+        self._interrupt("expire")
 
     def drop(self) -> None:
         """Leaves the turn at once and writes nothing more: it is not ours any longer."""
@@ -92,7 +97,7 @@ class Attempt:
         if now:
             self._interrupt("hand over")
 
-    def _interrupt(self, reason: Literal["cancel", "drop", "hand over"]) -> None:
+    def _interrupt(self, reason: Reason) -> None:
         if self._stop is None and self._task is not None:
             self._stop = reason
             self._task.cancel()
@@ -123,7 +128,7 @@ class Attempt:
                 return "lost"
         except Exception:
             logger.exception("the turn cannot be taken over; it is put back, at the cost of one of its failures")
-            return "lost"
+            return "broken"
         try:
             return await self._until_it_ends()
         except AttemptLost as lost:
@@ -150,7 +155,7 @@ class Attempt:
             return "lost"
         if self._stop == "hand over":
             return await self._hand_over(between_steps=False)
-        if datetime.now(UTC) >= self._claim.deadline_at:
+        if self._stop == "expire":
             return await self._fail(overdue_failure())
         return await self._fail(TurnFailure("cancelled", "Cancelled."))
 

@@ -15,7 +15,7 @@ from llama_stack.providers.inline.agents.meta_reference.persistence import Agent
 from app.domain.events import START, Event, EventKind
 from app.events.log import EventLog
 from app.settings import Settings
-from app.store import Store, turns
+from app.store import Store
 from app.store.claims import Claim
 from tasks.engine.attempt import Attempt, Tools
 from tasks.stack import LlamaStack
@@ -161,7 +161,7 @@ class Ours:
 
     async def answer(self, turn: Json, responses: list[Json]) -> Leg:
         stored = [{**response, "metadata": None} for response in responses]
-        after = self._tools.store.transact(turns.resume, turn["turn_id"], self._session_id, stored)
+        after = self._seeds.resume(turn["turn_id"], self._session_id, stored).after
         return await self._run(turn["turn_id"], after)
 
     async def _run(self, turn_id: str, after: Any) -> Leg:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,13 +15,16 @@ from llama_stack.apis.inference import CompletionMessage, StopReason, ToolCall, 
 from sqlalchemy import text
 
 from app.domain import events
+from app.domain.errors import TurnFailure
 from app.domain.events import Event, EventId, EventKind
 from app.domain.turns import TurnStatus
-from app.store import Store, agents, claims, turns, workers
+from app.store import Store, admission, agents, claims, turns, workers
+from app.store.admission import Accepted, Caps, Resumption, Submission
 from app.store.claims import Claim, LegEnd
 from app.store.turns import Ended, TurnRow
 
 OWNER = "tester"
+NO_CAPS = Caps(1_000_000, 1_000_000, 1_000_000)
 Json = dict[str, Any]
 
 
@@ -39,10 +45,27 @@ class Seeds:
         self.store.transact(agents.create_session, OWNER, agent_id or self.agent(), session_id, "a session")
         return session_id
 
-    def accept(self, session_id: str, turn_id: str, **request: Any) -> list[Ended]:
+    def submission(self, session_id: str, turn_id: str | None = None, **request: Any) -> Submission:
+        """What a client asks for; its hash is that of the request."""
         agent_id = self.scalar("SELECT agent_id FROM sessions WHERE session_id = :id", id=session_id)
         stored = {"messages": [{"role": "user", "content": "SAY hello"}], **request}
-        return self.store.transact(turns.accept, OWNER, str(agent_id), session_id, turn_id, stored)
+        request_hash = hashlib.sha256(json.dumps(stored).encode()).digest()
+        made = turn_id or str(uuid.uuid4())
+        return Submission(OWNER, str(agent_id), session_id, made, stored, request_hash, NO_CAPS)
+
+    def submit(self, submission: Submission, **changes: Any) -> Accepted:
+        return self.store.transact(admission.accept, replace(submission, **changes), no_redis)
+
+    def accept(self, session_id: str, turn_id: str, **request: Any) -> list[Ended]:
+        return list(self.submit(self.submission(session_id, turn_id, **request)).ended)
+
+    def resume(self, turn_id: str, session_id: str, responses: list[Json], key: str | None = None) -> Accepted:
+        request_hash = hashlib.sha256(json.dumps(responses).encode()).digest()
+        asked = Resumption(OWNER, session_id, turn_id, responses, request_hash, key)
+        return self.store.transact(admission.resume, asked)
+
+    def cancel(self, turn_id: str) -> TurnStatus | None:
+        return self.store.transact(turns.cancel, turn_id, TurnFailure("cancelled", "Cancelled."), no_redis)[0]
 
     def turn(self, session_id: str | None = None, **request: Any) -> str:
         turn_id = str(uuid.uuid4())
@@ -71,7 +94,7 @@ class Seeds:
     def await_input(self, claim: Claim, wait_seconds: float = 60) -> Claim:
         """Ends the leg after an inference that asks for the client's tool `ask`."""
         step = inference_step(claim.turn_id, ToolCall(call_id="c1", tool_name="ask", arguments="{}"))
-        end = LegEnd(TurnStatus.AWAITING_INPUT, deadline_seconds=wait_seconds)
+        end = LegEnd(TurnStatus.AWAITING_INPUT, step["model_response"], deadline_seconds=wait_seconds)
         last = next_event(claim, EventKind.TURN_AWAITING_INPUT)
         return self.record(claim, [last], step=step, end=end)
 
@@ -92,6 +115,10 @@ class Seeds:
         statement = f"UPDATE turns SET {column} = {column} - make_interval(secs => :s) WHERE turn_id = :id"
         with self.store.engine.begin() as connection:
             connection.execute(text(statement), {"s": seconds, "id": turn_id})
+
+    def suspect_no_longer(self, turn_id: str) -> None:
+        """The wait of a suspected turn is over."""
+        self.age(turn_id, "claimable_at", 1000)
 
     def row(self, turn_id: str) -> TurnRow:
         return self.store.transact(turns.find_turn, turn_id)[0]

@@ -15,6 +15,8 @@ from app.store import agents, claims, turns
 from app.store.claims import Claim
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, next_events
 
+ANSWER = {"call_id": "c1", "tool_name": "ask", "content": "yes", "metadata": None}
+
 
 def test_turns_of_a_session_are_numbered_in_the_order_of_acceptance(seeds: Seeds) -> None:
     """Numbers count from 1 in each session, whatever happens in another."""
@@ -47,9 +49,10 @@ def test_accepting_in_a_session_that_is_not_the_callers_is_not_found(seeds: Seed
     """An unknown, another's or a deleted session is NotFound, and nothing is stored."""
     agent_id = seeds.agent()
     session_id = seeds.session(agent_id)
+    asked = seeds.submission(session_id)
     for owner, session in (("stranger", session_id), (OWNER, str(uuid.uuid4()))):
         with pytest.raises(NotFound):
-            seeds.store.transact(turns.accept, owner, agent_id, session, str(uuid.uuid4()), {"messages": []})
+            seeds.submit(asked, owner=owner, session_id=session)
     seeds.store.transact(agents.mark_session_deleted, OWNER, agent_id, session_id)
     with pytest.raises(NotFound):
         seeds.turn(session_id)
@@ -148,9 +151,9 @@ def test_a_resume_puts_the_turn_back_to_queued_with_the_responses(seeds: Seeds) 
     """The next leg gets them by the ordinal of the step that asked, a new deadline, and the same started_at."""
     session_id = seeds.session()
     awaiting = seeds.await_input(seeds.claimed(seeds.turn(session_id)))
-    response = {"call_id": "c1", "tool_name": "ask", "content": "yes", "metadata": None}
-    last = seeds.store.transact(turns.resume, awaiting.turn_id, session_id, [response])
-    assert last == awaiting.last
+    response = ANSWER
+    accepted = seeds.resume(awaiting.turn_id, session_id, [response])
+    assert (accepted.after, accepted.is_new) == (awaiting.last, True)
     row = seeds.row(awaiting.turn_id)
     assert (row.status, row.output_message, row.completed_at) == (TurnStatus.QUEUED, None, None)
     again = seeds.claimed(awaiting.turn_id)
@@ -164,14 +167,14 @@ def test_only_a_turn_that_awaits_input_can_be_resumed(seeds: Seeds) -> None:
     session_id = seeds.session()
     running = seeds.claimed(seeds.turn(session_id))
     with pytest.raises(Conflict):
-        seeds.store.transact(turns.resume, running.turn_id, session_id, [])
+        seeds.resume(running.turn_id, session_id, [])
     awaiting = seeds.await_input(running)
     with pytest.raises(NotFound):
-        seeds.store.transact(turns.resume, awaiting.turn_id, seeds.session(), [])
+        seeds.resume(awaiting.turn_id, seeds.session(), [])
 
     def resume(_: int) -> bool:
         try:
-            seeds.store.transact(turns.resume, awaiting.turn_id, session_id, [])
+            seeds.resume(awaiting.turn_id, session_id, [ANSWER])
         except Conflict:
             return False
         return True
@@ -197,7 +200,7 @@ def test_next_in_session_gives_the_turn_to_ring_and_starts_its_wait(seeds: Seeds
 def test_a_cancel_request_survives_a_hand_over(seeds: Seeds) -> None:
     """Cancelling is explicit: a worker that drains before it heard of the request does not undo it."""
     claim = seeds.claimed()
-    assert seeds.store.transact(turns.request_cancel, claim.turn_id) == TurnStatus.RUNNING
+    assert seeds.cancel(claim.turn_id) == TurnStatus.RUNNING
     seeds.store.transact(claims.hand_over, claim, [])
     seeds.claim(claim.turn_id)
     cancelled = seeds.row(claim.turn_id).status == TurnStatus.CANCELLED

@@ -167,7 +167,7 @@ def test_awaiting_input_has_a_deadline_of_its_own(seeds: Seeds) -> None:
     claim = seeds.await_input(seeds.claimed(seeds.turn(session_id)), wait_seconds=5000)
     left = "SELECT extract(epoch FROM deadline_at - now()) FROM turns WHERE turn_id = :id"
     assert 4900 < seeds.scalar(left, id=claim.turn_id) <= 5000
-    seeds.store.transact(turns.resume, claim.turn_id, session_id, [])
+    seeds.resume(claim.turn_id, session_id, [{"call_id": "c1", "tool_name": "ask", "content": "yes"}])
     assert seeds.column(claim.turn_id, "deadline_at") is None
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from app.domain.errors import NotFound, TurnFailure
 from app.domain.events import LOST_TAIL_LEAP, EventId, EventKind
-from app.domain.turns import TurnStatus
+from app.domain.turns import TurnStatus, isolated_from
 from app.store import agents, claims, turns, workers
+from app.store.workers import Renewal
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, next_events, no_redis
 
 
@@ -29,7 +30,7 @@ def soon(condition: Callable[[], object]) -> None:
 def test_a_lease_that_ran_out_is_found_dead_once_and_never_renewed(seeds: Seeds) -> None:
     """Found dead by one of many reapers; renewing then says so. One that is merely expired may be renewed."""
     expired, renewed, alive = seeds.worker(0), seeds.worker(0), seeds.worker(60)
-    assert seeds.store.transact(workers.renew, renewed, 60) == set()
+    assert seeds.store.transact(workers.renew, renewed, 60) is not None
 
     def dead(worker_id: str) -> bool:
         return bool(seeds.scalar("SELECT dead_at IS NOT NULL FROM workers WHERE worker_id = :id", id=worker_id))
@@ -45,7 +46,7 @@ def test_nobody_reaps_within_one_lease_of_postgres_start(seeds: Seeds) -> None:
     """After an outage of Postgres no worker had a chance to renew."""
     expired = seeds.worker(0)
     assert seeds.store.transact(workers.mark_dead, 1e6) == 0
-    assert seeds.store.transact(workers.renew, expired, 60) == set()
+    assert seeds.store.transact(workers.renew, expired, 60) is not None
 
 
 def test_a_retired_worker_can_be_reaped_at_once(seeds: Seeds) -> None:
@@ -64,9 +65,10 @@ def test_a_renewal_brings_the_turns_to_cancel(seeds: Seeds) -> None:
     asked, late, fine = (seeds.claimed(worker_id=worker_id).turn_id for _ in range(3))
     other = seeds.claimed().turn_id
     for turn_id in (asked, other):
-        assert seeds.store.transact(turns.request_cancel, turn_id) == TurnStatus.RUNNING
+        assert seeds.cancel(turn_id) == TurnStatus.RUNNING
     seeds.age(late, "deadline_at", 100)
-    assert seeds.store.transact(workers.renew, worker_id, 60) == {asked, late}
+    expected = Renewal(owned={asked, late, fine}, cancelled={asked}, overdue={late})
+    assert seeds.store.transact(workers.renew, worker_id, 60) == expected
     assert seeds.row(fine).status == TurnStatus.RUNNING
 
 
@@ -104,14 +106,84 @@ def test_a_turn_of_a_live_worker_is_not_taken(seeds: Seeds) -> None:
 def test_losses_count_only_while_no_step_is_recorded(seeds: Seeds) -> None:
     """Two losses, a step, two losses: the turn lives with a limit of three."""
     turn_id = seeds.turn()
-    for _ in range(2):
-        assert seeds.lose_worker(seeds.claimed(turn_id)) == (turn_id, None)
+    assert seeds.lose_worker(seeds.claimed(turn_id)) == (turn_id, None)
+    assert seeds.lose_worker(seeds.claimed(turn_id)) == (None, None)
+    seeds.suspect_no_longer(turn_id)
     assert seeds.column(turn_id, "failures") == 2
     claim = seeds.claimed(turn_id)
     claim = seeds.record(claim, [next_event(claim)], step=inference_step(turn_id))
     assert seeds.column(turn_id, "failures") == 0
     assert seeds.lose_worker(claim) == (turn_id, None)
-    assert seeds.lose_worker(seeds.claimed(turn_id)) == (turn_id, None)
+    assert seeds.lose_worker(seeds.claimed(turn_id)) == (None, None)
+    assert seeds.row(turn_id).status == TurnStatus.QUEUED
+
+
+def test_a_suspected_turn_waits_before_its_next_try(seeds: Seeds) -> None:
+    """After two losses in a row nobody can claim it for about 2 s, and its doorbell rings when they are over."""
+    turn_id = seeds.turn()
+    for _ in range(2):
+        seeds.lose_worker(seeds.claimed(turn_id))
+    left = seeds.scalar("SELECT extract(epoch FROM claimable_at - now()) FROM turns WHERE turn_id = :id", id=turn_id)
+    assert 0 < left <= 3
+    assert seeds.claim(turn_id) is None
+    assert turn_id not in seeds.store.transact(workers.to_ring)
+    seeds.suspect_no_longer(turn_id)
+    assert turn_id in seeds.store.transact(workers.to_ring)
+    assert seeds.claim(turn_id) is not None
+
+
+def test_a_last_try_is_for_a_process_of_its_own(seeds: Seeds) -> None:
+    """A common claim leaves it, and can tell why it got nothing; a wait comes before."""
+    turn_id, worker_id = seeds.turn(), seeds.worker()
+    limit = {"fewer_failures_than": isolated_from(3)}
+    assert not seeds.store.transact(claims.wants_process, turn_id, isolated_from(3))
+    for _ in range(2):
+        seeds.lose_worker(seeds.claimed(turn_id))
+    assert not seeds.store.transact(claims.wants_process, turn_id, isolated_from(3))
+    seeds.suspect_no_longer(turn_id)
+    assert seeds.store.transact(claims.claim, turn_id, worker_id, 60.0, **limit) is None
+    assert seeds.store.transact(claims.wants_process, turn_id, isolated_from(3))
+    assert seeds.store.transact(claims.claim, turn_id, worker_id, 60.0) is not None
+    assert not seeds.store.transact(claims.wants_process, turn_id, isolated_from(3))
+
+
+def test_a_claim_whose_reply_was_lost_costs_nothing(seeds: Seeds) -> None:
+    """Its worker finds that it owns the turn and puts it back; what it could not run by its own fault costs one."""
+    claim = seeds.claimed()
+    for broken, failures in ((False, 0), (True, 1)):
+        given = seeds.store.transact(workers.disown, claim.turn_id, claim.worker_id, 3, no_redis, broken=broken)
+        assert given == (claim.turn_id, None)
+        assert seeds.column(claim.turn_id, "failures") == failures
+        claim = seeds.claimed(claim.turn_id)
+
+
+def test_a_suspected_turn_may_wait_until_its_deadline(seeds: Seeds) -> None:
+    """Processes of their own are few: no queue wait ends it while workers live; the end of its time does."""
+    turn_id, worker_id = seeds.turn(), seeds.worker()
+    for _ in range(2):
+        seeds.lose_worker(seeds.claimed(turn_id))
+    seeds.age(turn_id, "queued_at", 1000)
+    assert overdue(seeds, turn_id) is None
+    seeds.age(turn_id, "deadline_at", 1000)
+    failure = overdue(seeds, turn_id)
+    assert failure is not None
+    assert failure.code == "turn_timeout"
+    ended = seeds.store.transact(workers.end_overdue, turn_id, 300.0, no_redis)
+    assert ended is not None
+    assert ended.status == TurnStatus.FAILED
+    seeds.kill(worker_id)
+
+
+def test_a_turn_that_was_taken_meanwhile_is_not_ended_as_overdue(seeds: Seeds) -> None:
+    """Upkeep looks again before it ends what it found a moment ago."""
+    turn_id = seeds.turn()
+    seeds.age(turn_id, "queued_at", 301)
+    assert overdue(seeds, turn_id) is not None
+    claim = seeds.claimed(turn_id)
+    assert seeds.store.transact(workers.end_overdue, turn_id, 300.0, no_redis) is None
+    seeds.store.transact(claims.hand_over, claim, [])
+    assert seeds.store.transact(workers.end_overdue, turn_id, 300.0, no_redis) is None
+    assert seeds.row(turn_id).status == TurnStatus.QUEUED
 
 
 def test_events_without_a_step_do_not_forgive_a_loss(seeds: Seeds) -> None:
@@ -163,7 +235,7 @@ def test_a_dead_workers_turn_that_was_to_end_ends(seeds: Seeds, why: str) -> Non
     """A cancel request and a deadline outlive the worker that should have honoured them."""
     claim = seeds.claimed()
     if why == "cancel":
-        seeds.store.transact(turns.request_cancel, claim.turn_id)
+        seeds.cancel(claim.turn_id)
     else:
         seeds.age(claim.turn_id, "deadline_at", 100)
     _, ended = seeds.lose_worker(claim)
@@ -184,17 +256,19 @@ def test_end_leaves_a_running_or_ended_turn_alone(seeds: Seeds, state: str) -> N
     assert seeds.row(claim.turn_id) == before
 
 
-def test_a_cancel_request_of_a_turn_that_does_not_run_tells_how_it_stands(seeds: Seeds) -> None:
-    """Nothing is noted then; asking twice keeps the first time."""
-    queued = seeds.turn()
-    assert seeds.store.transact(turns.request_cancel, queued) == TurnStatus.QUEUED
-    assert seeds.column(queued, "cancel_requested_at") is None
-    assert seeds.store.transact(turns.request_cancel, "00000000-0000-0000-0000-000000000000") is None
-    running = seeds.claimed().turn_id
-    seeds.store.transact(turns.request_cancel, running)
-    first = seeds.column(running, "cancel_requested_at")
-    seeds.store.transact(turns.request_cancel, running)
-    assert seeds.column(running, "cancel_requested_at") == first
+def test_a_cancel_ends_what_nobody_runs_and_asks_for_the_rest(seeds: Seeds) -> None:
+    """It tells how the turn stands then; asking twice changes nothing."""
+    queued, awaiting = seeds.turn(), seeds.await_input(seeds.claimed()).turn_id
+    for turn_id in (queued, awaiting, queued, awaiting):
+        assert seeds.cancel(turn_id) == TurnStatus.CANCELLED
+    assert seeds.cancel("00000000-0000-0000-0000-000000000000") is None
+    claim = seeds.claimed()
+    assert seeds.cancel(claim.turn_id) == TurnStatus.RUNNING
+    first = seeds.column(claim.turn_id, "cancel_requested_at")
+    assert seeds.cancel(claim.turn_id) == TurnStatus.RUNNING
+    assert seeds.column(claim.turn_id, "cancel_requested_at") == first
+    seeds.complete(claim)
+    assert seeds.cancel(claim.turn_id) == TurnStatus.COMPLETED
 
 
 def test_claimable_turns_are_rung_again_with_backoff(seeds: Seeds) -> None:
@@ -373,9 +447,8 @@ def test_upkeep_ends_what_a_deletion_left(seeds: Seeds) -> None:
     first, queued = seeds.turn(session_id), seeds.turn(session_id)
     awaiting = seeds.await_input(seeds.claimed(first))
     assert seeds.store.transact(agents.mark_session_deleted, OWNER, agent_id, session_id) == [first, queued]
-    asked = {turn_id for turn_id, _ in seeds.store.transact(workers.unwanted)}
-    assert {awaiting.turn_id, queued} <= asked
-    for turn_id, failure in seeds.store.transact(workers.unwanted):
-        seeds.store.transact(turns.end, turn_id, failure, lambda *_: None)
+    assert {awaiting.turn_id, queued} <= set(seeds.store.transact(workers.unwanted))
+    for turn_id in seeds.store.transact(workers.unwanted):
+        seeds.cancel(turn_id)
     assert seeds.store.transact(workers.unwanted) == []
     assert seeds.row(queued).status == TurnStatus.CANCELLED

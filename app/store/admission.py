@@ -1,0 +1,311 @@
+"""A turn is accepted or resumed: once, however often it is sent, in its place in the session, within the caps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, func, literal, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+
+from app.domain.errors import Conflict, KeyReused, NotFound, TooManyTurns, TurnFailure
+from app.domain.events import START, EventId
+from app.domain.turns import MultitaskStrategy, TurnStatus, match_responses
+from app.store.agents import get_session
+from app.store.tables import UNFINISHED_SQL, idempotency_keys, seconds, sessions, turns
+from app.store.turns import Ended, RaiseFence, cancel, end, read_steps
+
+KEEP_KEYS_SECONDS = 24 * 3600
+RETRY_SECONDS = 600
+"""A request that says it is a retry is one of the session's newest turn, if that is no older and was the same."""
+
+SUPERSEDED = TurnFailure("superseded", "A newer turn of the session superseded this one while it awaited input.")
+INTERRUPTED = TurnFailure("cancelled", "Interrupted by a newer turn of the session.")
+
+EXACT_BELOW = 64
+"""So near a cap, requests count one after the other; before, they count side by side."""
+
+
+@dataclass(frozen=True)
+class Caps:
+    """How many turns may be queued or running: in one session, of one principal, in all."""
+
+    session: int
+    principal: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request for a turn: `request` as it is stored, `request_hash` of all that makes it the same request."""
+
+    owner: str
+    agent_id: str
+    session_id: str
+    turn_id: str
+    request: dict[str, Any]
+    request_hash: bytes
+    caps: Caps
+    strategy: MultitaskStrategy = MultitaskStrategy.ENQUEUE
+    idempotency_key: str | None = None
+    is_retry: bool = False
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A request for a turn's next leg: a ToolResponse for each call that awaits one."""
+
+    owner: str
+    session_id: str
+    turn_id: str
+    responses: list[dict[str, Any]]
+    request_hash: bytes
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The turn that a request leads to, and the event that its leg follows.
+
+    `is_new`: False if an earlier request made it. `ended`: turns that this superseded or interrupted; `interrupted`:
+    the running turn whose worker is asked to cancel it.
+    """
+
+    turn_id: str
+    after: EventId = START
+    is_new: bool = True
+    ended: Sequence[Ended] = ()
+    interrupted: str | None = None
+
+
+_NOW = func.clock_timestamp()
+_ADD_KEY = (
+    insert(idempotency_keys)
+    .values({name: bindparam(name) for name in ("owner", "key", "request_hash", "turn_id", "after_fence", "after_n")})
+    .on_conflict_do_update(
+        index_elements=["owner", "key"],
+        set_={name: bindparam(name) for name in ("request_hash", "turn_id", "after_fence", "after_n")}
+        | {"created_at": _NOW},
+        where=idempotency_keys.c.created_at < _NOW - seconds(KEEP_KEYS_SECONDS),
+    )
+    .returning(idempotency_keys.c.key)
+)
+_TAKE_NUMBER = (
+    update(sessions)
+    .where(
+        sessions.c.session_id == bindparam("of_session"),
+        sessions.c.agent_id == bindparam("of_agent"),
+        sessions.c.owner == bindparam("of_owner"),
+        sessions.c.deleted_at.is_(None),
+    )
+    .values(next_number=sessions.c.next_number + 1)
+    .returning(sessions.c.next_number)
+)
+_UNFINISHED = (
+    select(turns.c.turn_id, turns.c.status)
+    .where(turns.c.session_id == bindparam("of_session"), text(UNFINISHED_SQL))
+    .order_by(turns.c.number)
+)
+_NEWEST = (
+    select(turns.c.turn_id, turns.c.request_hash)
+    .where(
+        turns.c.session_id == bindparam("of_session"),
+        turns.c.number == bindparam("numbered"),
+        turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
+    )
+    .limit(1)
+)
+_ACTIVE = text("status IN ('queued', 'running')")
+
+
+def _counted(*conditions: Any, most: str) -> Any:
+    some = select(literal(1)).select_from(turns).where(_ACTIVE, *conditions).limit(bindparam(most)).subquery()
+    return select(func.count()).select_from(some).scalar_subquery()
+
+
+_COUNTS = select(
+    _counted(turns.c.owner == bindparam("of_owner"), most="principal").label("principal"),
+    _counted(most="total").label("total"),
+)
+_LOCK = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("what"), 0)))
+_ADD_TURN = insert(turns).values(
+    {
+        **{name: bindparam(name) for name in ("turn_id", "session_id", "owner", "number", "request", "request_hash")},
+        "status": TurnStatus.QUEUED,
+        "tool_responses": {},
+        "queued_at": _NOW,
+        "rung_at": _NOW,
+        "rings": 1,
+    }
+)
+
+
+def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -> Accepted:
+    """Stores a new turn at the end of its session, and supersedes the one that awaits input there, if any.
+
+    Raises NotFound: no such agent or session. KeyReused, TooManyTurns. Conflict: the strategy is `reject`, and the
+    session has a turn that is queued or running.
+    """
+    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id, START)
+    if known is not None:
+        get_session(connection, asked.owner, asked.agent_id, asked.session_id)
+        return known
+    where = {"of_session": asked.session_id, "of_agent": asked.agent_id, "of_owner": asked.owner}
+    following = connection.execute(_TAKE_NUMBER, where).scalar()
+    if following is None:
+        get_session(connection, asked.owner, asked.agent_id, asked.session_id)
+        raise NotFound("Session", asked.session_id)
+    number = following - 1
+    if asked.is_retry and (earlier := _retried(connection, asked, number)) is not None:
+        return earlier
+    unfinished = _unfinished(connection, asked.session_id) if number > 1 else ()
+    _check_room(connection, asked, [row for row in unfinished if row.status != TurnStatus.AWAITING_INPUT])
+    head = unfinished[0] if unfinished else None
+    ended, interrupted = _make_way(connection, asked, head, raise_fence) if head else ((), None)
+    fields = {name: getattr(asked, name) for name in ("turn_id", "session_id", "owner", "request", "request_hash")}
+    connection.execute(_ADD_TURN, {**fields, "number": number})
+    return Accepted(asked.turn_id, ended=ended, interrupted=interrupted)
+
+
+def resume(connection: Connection, asked: Resumption) -> Accepted:
+    """Stores a client's tool responses and puts the turn back to queued for its next leg.
+
+    Raises NotFound. KeyReused. Conflict: the turn does not await input. InvalidRequest: these are not its calls.
+    """
+    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id, START)
+    if known is not None:
+        return known
+    row = connection.execute(
+        select(turns).where(turns.c.turn_id == asked.turn_id, turns.c.session_id == asked.session_id).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise NotFound("Turn", asked.turn_id)
+    if row.status != TurnStatus.AWAITING_INPUT or row.cancel_requested_at is not None:
+        is_now = row.status if row.cancel_requested_at is None else "being cancelled"
+        raise Conflict(f"Turn '{asked.turn_id}' is {is_now}, so it does not await tool responses")
+    responses = match_responses(row.output_message["tool_calls"], asked.responses)
+    steps = read_steps(connection, [asked.turn_id])[asked.turn_id]
+    ordinal = max(i for i, step in enumerate(steps) if step["step_type"] == "inference")
+    connection.execute(
+        update(turns)
+        .where(turns.c.turn_id == asked.turn_id)
+        .values(
+            status=TurnStatus.QUEUED,
+            tool_responses={**row.tool_responses, str(ordinal): responses},
+            output_message=None,
+            completed_at=None,
+            deadline_at=None,
+            queued_at=_NOW,
+            rung_at=_NOW,
+            rings=1,
+        )
+    )
+    after = EventId(row.last_fence, row.last_n)
+    if asked.idempotency_key is not None:
+        mine = (idempotency_keys.c.owner == asked.owner, idempotency_keys.c.key == asked.idempotency_key)
+        connection.execute(update(idempotency_keys).where(*mine).values(after_fence=after.fence, after_n=after.n))
+    return Accepted(asked.turn_id, after)
+
+
+def _first_with_key(
+    connection: Connection, owner: str, key: str | None, request_hash: bytes, turn_id: str, after: EventId
+) -> Accepted | None:
+    """Takes the key for this request, waiting for another one with the same key to be over.
+
+    Gives what the earlier request led to, None if there was none. Raises KeyReused.
+    """
+    if key is None:
+        return None
+    row = {"owner": owner, "key": key, "request_hash": request_hash, "turn_id": turn_id}
+    row |= {"after_fence": after.fence, "after_n": after.n}
+    if connection.execute(_ADD_KEY, row).scalar() is not None:
+        return None
+    found = connection.execute(
+        select(idempotency_keys).where(idempotency_keys.c.owner == owner, idempotency_keys.c.key == key)
+    ).one()
+    if bytes(found.request_hash) != request_hash:
+        raise KeyReused("Idempotency-Key: this key was given before with another request")
+    return Accepted(found.turn_id, EventId(found.after_fence, found.after_n), is_new=False)
+
+
+def _retried(connection: Connection, asked: Submission, number: int) -> Accepted | None:
+    """The session's newest turn, if this request asks for the same; gives the number back."""
+    newest = connection.execute(_NEWEST, {"of_session": asked.session_id, "numbered": number - 1}).one_or_none()
+    if newest is None or newest.request_hash is None or bytes(newest.request_hash) != asked.request_hash:
+        return None
+    untaken = update(sessions).where(sessions.c.session_id == asked.session_id)
+    connection.execute(untaken.values(next_number=number))
+    if asked.idempotency_key is not None:
+        mine = (idempotency_keys.c.owner == asked.owner, idempotency_keys.c.key == asked.idempotency_key)
+        connection.execute(update(idempotency_keys).where(*mine).values(turn_id=newest.turn_id))
+    return Accepted(newest.turn_id, is_new=False)
+
+
+def _unfinished(connection: Connection, session_id: str) -> Sequence[Row[Any]]:
+    return connection.execute(_UNFINISHED, {"of_session": session_id}).all()
+
+
+def _check_room(connection: Connection, asked: Submission, busy: Sequence[Row[Any]]) -> None:
+    if busy and asked.strategy == MultitaskStrategy.REJECT:
+        raise Conflict(f"Session '{asked.session_id}' has a turn that is {busy[0].status}: '{busy[0].turn_id}'")
+    if len(busy) >= asked.caps.session:
+        raise TooManyTurns(f"The session has {len(busy)} turns queued or running (MAX_TURNS_PER_SESSION)")
+    _check_counts(connection, asked)
+
+
+def _check_counts(connection: Connection, asked: Submission) -> None:
+    """Exact although requests run side by side: near a cap they go one by one."""
+    caps = asked.caps
+    limits = {"of_owner": asked.owner, "principal": caps.principal, "total": caps.total}
+    counts = connection.execute(_COUNTS, limits).one()
+    near = [
+        what
+        for what, count, cap in (
+            (f"turns of {asked.owner}", counts.principal, caps.principal),
+            ("turns", counts.total, caps.total),
+        )
+        if count + EXACT_BELOW >= cap
+    ]
+    for what in near:
+        connection.execute(_LOCK, {"what": f"caravan {what}"})
+    if near:
+        counts = connection.execute(_COUNTS, limits).one()
+    if counts.principal >= caps.principal:
+        raise TooManyTurns(f"You have {caps.principal} turns queued or running (MAX_TURNS_PER_PRINCIPAL)")
+    if counts.total >= caps.total:
+        raise TooManyTurns(f"There are {caps.total} turns queued or running (MAX_TURNS)")
+
+
+def _make_way(
+    connection: Connection, asked: Submission, head: Row[Any], raise_fence: RaiseFence
+) -> tuple[list[Ended], str | None]:
+    """Ends the first unfinished turn of the session if it awaits input, or is to be interrupted.
+
+    Gives the turns that ended, and the running one that its worker is asked to cancel.
+    """
+    status: TurnStatus | None = TurnStatus(head.status)
+    if status == TurnStatus.AWAITING_INPUT:
+        ended = end(connection, head.turn_id, SUPERSEDED, _no_tail)
+    elif asked.strategy == MultitaskStrategy.INTERRUPT:
+        status, ended = cancel(connection, head.turn_id, INTERRUPTED, raise_fence)
+    else:
+        return [], None
+    return [ended] if ended else [], head.turn_id if status == TurnStatus.RUNNING else None
+
+
+def _no_tail(turn_id: str, fence: int, last: EventId) -> None:
+    """A turn that awaits input has every event recorded, so there is no tail to save."""
+
+
+def forget_keys(connection: Connection, limit: int) -> int:
+    """Deletes keys that are over a day old."""
+    old = (
+        select(idempotency_keys.c.owner, idempotency_keys.c.key)
+        .where(idempotency_keys.c.created_at < _NOW - seconds(KEEP_KEYS_SECONDS))
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .subquery()
+    )
+    same = (idempotency_keys.c.owner == old.c.owner, idempotency_keys.c.key == old.c.key)
+    return connection.execute(idempotency_keys.delete().where(*same)).rowcount

@@ -1,0 +1,225 @@
+"""A turn is cancelled through the public door, whatever it does at that moment; its session goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.acceptance.conftest import AgentMaker, Caravan
+from tests.acceptance.test_turns import BOILING_POINT
+from tests.support import wait_until
+from tests.support.scripted_model import ScriptedModel
+
+
+def body(script: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": script}], "stream": True, **more}
+
+
+def last_event(raw: bytes) -> dict[str, Any]:
+    lines = [line for line in raw.split(b"\n") if line.startswith(b"data: ")]
+    event: dict[str, Any] = json.loads(lines[-1].removeprefix(b"data: "))
+    return event
+
+
+def cancelled(http: httpx.Client, turn: str) -> tuple[int, str]:
+    answer = http.post(f"{turn}/cancel")
+    return answer.status_code, answer.json()["status"]
+
+
+@pytest.fixture
+def posting() -> Any:
+    """Posts in the background: `posting(url, body, **headers)` gives a future answer."""
+    with ThreadPoolExecutor(32) as pool:
+
+        def post(url: str, body: dict[str, Any], **headers: str) -> Future[httpx.Response]:
+            return pool.submit(httpx.post, url, json=body, headers=headers, timeout=60)
+
+        yield post
+
+
+def newest(http: httpx.Client, session: str, count: int = 1) -> str:
+    """The path of the session's newest turn, once it has so many."""
+    wait_until(lambda: len(http.get(session).json()["turns"]) == count)
+    return f"{session}/turn/{http.get(session).json()['turns'][-1]['turn_id']}"
+
+
+def test_a_running_turn_is_cancelled(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
+) -> None:
+    """The model's stream is closed, recorded steps are kept, the stream ends with the reason, the session goes on."""
+    agent, gate = make_agent(), uuid.uuid4().hex
+    script = f'CALL nothing {{"a": 1}}\nPART some words | HOLD {gate} | SAY x'
+    posted = posting(f"{caravan.url}{agent.path}/turn", body(script))
+    model.wait_held(gate)
+    turn = newest(http, agent.path)
+    assert cancelled(http, turn) == (200, "cancelled")
+    wait_until(lambda: model.open_streams() == 0)
+    assert last_event(posted.result(30).content)["error"]["code"] == "cancelled"
+    stored = http.get(turn)
+    assert stored.headers["x-turn-status"] == "cancelled"
+    assert [step["step_type"] for step in stored.json()["steps"]] == ["inference", "tool_execution"]
+    assert cancelled(http, turn) == (200, "cancelled")
+    roles = [message["role"] for message in json.loads(agent.answer("HISTORY"))]
+    assert roles == ["system", "user", "assistant", "tool", "user"]
+
+
+def test_a_queued_turn_is_cancelled(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
+) -> None:
+    """It never runs; the one before it is not touched."""
+    agent, gate = make_agent(), uuid.uuid4().hex
+    first = posting(f"{caravan.url}{agent.path}/turn", body(f"HOLD {gate} | SAY one"))
+    model.wait_held(gate)
+    second = posting(f"{caravan.url}{agent.path}/turn", body("SAY two"))
+    turn = newest(http, agent.path, 2)
+    assert cancelled(http, turn) == (200, "cancelled")
+    assert last_event(second.result(30).content)["error"]["code"] == "cancelled"
+    model.release(gate)
+    assert last_event(first.result(30).content)["event"]["payload"]["event_type"] == "turn_complete"
+
+
+def test_a_turn_that_awaits_input_is_cancelled(make_agent: AgentMaker, http: httpx.Client) -> None:
+    """It cannot be resumed then."""
+    agent = make_agent(client_tools=[BOILING_POINT])
+    asked = agent.turn('CALL get_boiling_point {"liquid": "x"}')[-1].event.payload.turn
+    turn = f"{agent.path}/turn/{asked.turn_id}"
+    assert cancelled(http, turn) == (200, "cancelled")
+    call = asked.output_message.tool_calls[0]
+    response = {"call_id": call.call_id, "tool_name": call.tool_name, "content": "7"}
+    refused = http.post(f"{turn}/resume", json={"tool_responses": [response]})
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
+    assert agent.answer("SAY next") == "next "
+
+
+def test_a_cancel_may_lose_to_finishing(make_agent: AgentMaker, http: httpx.Client) -> None:
+    """It says so: the status is that of the end that came first."""
+    agent = make_agent()
+    turn_id = agent.turn("SAY x")[-1].event.payload.turn.turn_id
+    assert cancelled(http, f"{agent.path}/turn/{turn_id}") == (200, "completed")
+    assert http.post(f"{agent.path}/turn/{uuid.uuid4()}/cancel").status_code == 404
+
+
+def test_cancels_that_race_with_the_end_agree_with_it(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, posting: Any
+) -> None:
+    """Whoever wins, every cancel, the stream, its replay and the stored turn tell the same story."""
+    agents = [make_agent() for _ in range(12)]
+    posted = [posting(f"{caravan.url}{agent.path}/turn", body("CHUNKS 20 5")) for agent in agents]
+    turns = [newest(http, agent.path) for agent in agents]
+    with ThreadPoolExecutor(12) as pool:
+        said = list(pool.map(lambda turn: cancelled(http, turn), turns))
+    for turn, (code, status), stream in zip(turns, said, posted, strict=True):
+        raw = stream.result(30).content
+        assert code == 200
+        assert http.get(turn).headers["x-turn-status"] == status
+        end = last_event(raw)
+        assert ("cancelled" if "error" in end else "completed") == status
+        assert http.get(f"{turn}/events").content.replace(b": ping\n", b"") == raw.replace(b": ping\n", b"")
+
+
+def test_reject_and_interrupt(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
+) -> None:
+    """By header or body: 409 that SDKs do not retry; or the running turn gives way, with its steps kept."""
+    agent, gate = make_agent(), uuid.uuid4().hex
+    first = posting(f"{caravan.url}{agent.path}/turn", body(f"PART a | HOLD {gate} | SAY one"))
+    model.wait_held(gate)
+    path = f"{agent.path}/turn"
+    for refused in (
+        http.post(path, json=body("SAY x", multitask_strategy="reject")),
+        http.post(path, json=body("SAY x"), headers={"X-Multitask-Strategy": "reject"}),
+    ):
+        assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
+    assert http.post(path, json=body("SAY x", multitask_strategy="shout")).status_code == 400
+    assert len(http.get(agent.path).json()["turns"]) == 1
+    answer = http.post(path, json=body("SAY two", multitask_strategy="interrupt"))
+    assert last_event(answer.content)["event"]["payload"]["turn"]["output_message"]["content"] == "two "
+    assert last_event(first.result(30).content)["error"]["code"] == "cancelled"
+
+
+def test_turns_posted_at_once_run_one_at_a_time_in_order(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, posting: Any
+) -> None:
+    """Each sees exactly those before it in its history, in the order in which they were accepted."""
+    agent = make_agent()
+    posted = [posting(f"{caravan.url}{agent.path}/turn", body("HISTORY", stream=False)) for _ in range(8)]
+    for answer in posted:
+        assert answer.result(60).status_code == 200
+    turns = http.get(agent.path).json()["turns"]
+    seen = [len(json.loads(turn["output_message"]["content"])) for turn in turns]
+    assert seen == [2 + 2 * earlier for earlier in range(8)]
+    ended = [turn["completed_at"] for turn in turns]
+    started = [turn["started_at"] for turn in turns]
+    assert all(start >= end for start, end in zip(started[1:], ended, strict=False))
+
+
+def test_the_same_key_at_once_is_one_turn_with_one_stream(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, posting: Any
+) -> None:
+    """All answers are the same bytes and name the same turn; another body is 422; a late one replays."""
+    agent, key = make_agent(), uuid.uuid4().hex
+    posted = [
+        posting(f"{caravan.url}{agent.path}/turn", body("CHUNKS 10 20"), **{"Idempotency-Key": key}) for _ in range(6)
+    ]
+    answers = [one.result(60) for one in posted]
+    assert len({answer.headers["x-turn-id"] for answer in answers}) == 1
+    assert len({answer.content.replace(b": ping\n", b"") for answer in answers}) == 1
+    late = http.post(f"{agent.path}/turn", json=body("CHUNKS 10 20"), headers={"Idempotency-Key": key})
+    assert late.content == answers[0].content
+    other = http.post(f"{agent.path}/turn", json=body("SAY other"), headers={"Idempotency-Key": key})
+    assert other.status_code == 422
+    assert "Idempotency-Key" in other.json()["detail"]
+    too_long = http.post(f"{agent.path}/turn", json=body("SAY x"), headers={"Idempotency-Key": "k" * 300})
+    assert too_long.status_code == 400
+    assert len(http.get(agent.path).json()["turns"]) == 1
+
+
+def test_a_resume_with_the_same_key_is_one_leg(make_agent: AgentMaker, http: httpx.Client) -> None:
+    """Sent again, it gives the same leg once more."""
+    agent = make_agent(client_tools=[BOILING_POINT])
+    asked = agent.turn('CALL get_boiling_point {"liquid": "x"}')[-1].event.payload.turn
+    call = asked.output_message.tool_calls[0]
+    answer = {
+        "tool_responses": [{"call_id": call.call_id, "tool_name": call.tool_name, "content": "7"}],
+        "stream": True,
+    }
+    key = {"Idempotency-Key": uuid.uuid4().hex}
+    path = f"{agent.path}/turn/{asked.turn_id}/resume"
+    first = http.post(path, json=answer, headers=key)
+    assert last_event(first.content)["event"]["payload"]["event_type"] == "turn_complete"
+    assert http.post(path, json=answer, headers=key).content == first.content
+    assert http.post(path, json=answer).status_code == 409
+
+
+def test_an_sdk_retry_without_a_key_finds_its_turn(make_agent: AgentMaker, http: httpx.Client) -> None:
+    """`x-stainless-retry-count` above 0 and the same body: the turn that the first try made is streamed."""
+    agent = make_agent()
+    first = http.post(f"{agent.path}/turn", json=body("SAY once"), headers={"x-stainless-retry-count": "0"})
+    retry = http.post(f"{agent.path}/turn", json=body("SAY once"), headers={"x-stainless-retry-count": "1"})
+    assert retry.headers["x-turn-id"] == first.headers["x-turn-id"]
+    assert retry.content == first.content
+    again = http.post(f"{agent.path}/turn", json=body("SAY once"))
+    assert again.headers["x-turn-id"] != first.headers["x-turn-id"]
+
+
+def test_leaving_and_cancelling_differ(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel
+) -> None:
+    """A client that goes away changes nothing; then somebody cancels, and the model's stream is closed."""
+    agent, gate = make_agent(), uuid.uuid4().hex
+    with http.stream("POST", f"{agent.path}/turn", json=body(f"PART a | HOLD {gate} | SAY b")) as stream:
+        next(stream.iter_bytes())
+        turn = stream.headers["location"]
+    model.wait_held(gate)
+    assert http.get(turn).headers["x-turn-status"] == "running"
+    done = threading.Event()
+    threading.Thread(target=lambda: (http.get(f"{turn}/events"), done.set())).start()
+    assert cancelled(http, turn) == (200, "cancelled")
+    assert done.wait(30)
+    wait_until(lambda: model.open_streams() == 0)
