@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, func, literal, select, text, update
+from sqlalchemy import Connection, bindparam, func, literal, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.domain.errors import Conflict, KeyReused, NotFound, TooManyTurns, TurnFailure
@@ -82,11 +82,11 @@ class Accepted:
 _NOW = func.clock_timestamp()
 _ADD_KEY = (
     insert(idempotency_keys)
-    .values({name: bindparam(name) for name in ("owner", "key", "request_hash", "turn_id", "after_fence", "after_n")})
+    .values({name: bindparam(name) for name in ("owner", "key", "request_hash", "turn_id")})
     .on_conflict_do_update(
         index_elements=["owner", "key"],
-        set_={name: bindparam(name) for name in ("request_hash", "turn_id", "after_fence", "after_n")}
-        | {"created_at": _NOW},
+        set_={name: bindparam(name) for name in ("request_hash", "turn_id")}
+        | {"after_fence": 0, "after_n": 0, "created_at": _NOW},
         where=idempotency_keys.c.created_at < _NOW - seconds(KEEP_KEYS_SECONDS),
     )
     .returning(idempotency_keys.c.key)
@@ -147,7 +147,7 @@ def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -
     Raises NotFound: no such agent or session. KeyReused, TooManyTurns. Conflict: the strategy is `reject`, and the
     session has a turn that is queued or running.
     """
-    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id, START)
+    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id)
     if known is not None:
         get_session(connection, asked.owner, asked.agent_id, asked.session_id)
         return known
@@ -173,7 +173,7 @@ def resume(connection: Connection, asked: Resumption) -> Accepted:
 
     Raises NotFound. KeyReused. Conflict: the turn does not await input. InvalidRequest: these are not its calls.
     """
-    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id, START)
+    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id)
     if known is not None:
         return known
     row = connection.execute(
@@ -209,7 +209,7 @@ def resume(connection: Connection, asked: Resumption) -> Accepted:
 
 
 def _first_with_key(
-    connection: Connection, owner: str, key: str | None, request_hash: bytes, turn_id: str, after: EventId
+    connection: Connection, owner: str, key: str | None, request_hash: bytes, turn_id: str
 ) -> Accepted | None:
     """Takes the key for this request, waiting for another one with the same key to be over.
 
@@ -218,7 +218,6 @@ def _first_with_key(
     if key is None:
         return None
     row = {"owner": owner, "key": key, "request_hash": request_hash, "turn_id": turn_id}
-    row |= {"after_fence": after.fence, "after_n": after.n}
     if connection.execute(_ADD_KEY, row).scalar() is not None:
         return None
     found = connection.execute(
@@ -242,11 +241,11 @@ def _retried(connection: Connection, asked: Submission, number: int) -> Accepted
     return Accepted(newest.turn_id, is_new=False)
 
 
-def _unfinished(connection: Connection, session_id: str) -> Sequence[Row[Any]]:
+def _unfinished(connection: Connection, session_id: str) -> Sequence[Any]:
     return connection.execute(_UNFINISHED, {"of_session": session_id}).all()
 
 
-def _check_room(connection: Connection, asked: Submission, busy: Sequence[Row[Any]]) -> None:
+def _check_room(connection: Connection, asked: Submission, busy: Sequence[Any]) -> None:
     if busy and asked.strategy == MultitaskStrategy.REJECT:
         raise Conflict(f"Session '{asked.session_id}' has a turn that is {busy[0].status}: '{busy[0].turn_id}'")
     if len(busy) >= asked.caps.session:
@@ -257,7 +256,7 @@ def _check_room(connection: Connection, asked: Submission, busy: Sequence[Row[An
 def _check_counts(connection: Connection, asked: Submission) -> None:
     """Exact although requests run side by side: near a cap they go one by one."""
     caps = asked.caps
-    limits = {"of_owner": asked.owner, "principal": caps.principal, "total": caps.total}
+    limits: dict[str, Any] = {"of_owner": asked.owner, "principal": caps.principal, "total": caps.total}
     counts = connection.execute(_COUNTS, limits).one()
     near = [
         what
@@ -278,7 +277,7 @@ def _check_counts(connection: Connection, asked: Submission) -> None:
 
 
 def _make_way(
-    connection: Connection, asked: Submission, head: Row[Any], raise_fence: RaiseFence
+    connection: Connection, asked: Submission, head: Any, raise_fence: RaiseFence
 ) -> tuple[list[Ended], str | None]:
     """Ends the first unfinished turn of the session if it awaits input, or is to be interrupted.
 

@@ -219,7 +219,12 @@ def test_leaving_and_cancelling_differ(
     model.wait_held(gate)
     assert http.get(turn).headers["x-turn-status"] == "running"
     done = threading.Event()
-    threading.Thread(target=lambda: (http.get(f"{turn}/events"), done.set())).start()
+
+    def follow() -> None:
+        http.get(f"{turn}/events")
+        done.set()
+
+    threading.Thread(target=follow).start()
     assert cancelled(http, turn) == (200, "cancelled")
     assert done.wait(30)
     wait_until(lambda: model.open_streams() == 0)
