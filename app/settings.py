@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     model_timeout_seconds: float = Field(
         default=300, gt=0, description="Seconds without a byte from the model after which an inference fails."
     )
+    model_call_timeout_seconds: float = Field(
+        default=1800, gt=0, description="Seconds that one inference may take in all; the turn fails beyond."
+    )
     llama_stack_config: str | None = Field(
         default=None, description="Path of your own Llama Stack `run.yaml`, used in place of the built-in one."
     )
@@ -81,6 +84,9 @@ class Settings(BaseSettings):
     )
     max_worker_losses: int = Field(
         default=3, ge=1, description="Losses of a worker, with no step recorded in between, after which a turn fails."
+    )
+    event_log_max_bytes: int = Field(
+        default=16_777_216, ge=65_536, description="Bytes of events that one turn may write; it fails beyond."
     )
     document_max_bytes: int = Field(
         default=1_048_576, ge=1, description="Bytes that a document of a turn may have, given or fetched."

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.domain.errors import (
     CaravanError,
@@ -60,12 +61,31 @@ def failure_status(failure: TurnFailure) -> int:
 
 
 def install(app: FastAPI, request_max_bytes: int) -> None:
-    async def too_large(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": f"The body is over {request_max_bytes} bytes (REQUEST_MAX_BYTES)"}, 413)
-
-    app.add_exception_handler(413, too_large)
+    app.add_middleware(NamedBodyLimit, request_max_bytes=request_max_bytes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(CaravanError, _error)
+
+
+class NamedBodyLimit:
+    """Middleware: the 413 that FastAPI answers in plain text becomes one of ours, which names the setting."""
+
+    def __init__(self, app: ASGIApp, request_max_bytes: int) -> None:
+        self.app = app
+        detail = f"The body is over {request_max_bytes} bytes (REQUEST_MAX_BYTES)"
+        self.too_large = JSONResponse({"detail": detail}, 413)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        replaced = False
+
+        async def send_ours(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and message["status"] == self.too_large.status_code:
+                replaced = True
+                await self.too_large(scope, receive, send)
+            elif not replaced:
+                await send(message)
+
+        await self.app(scope, receive, send_ours)
 
 
 async def _error(request: Request, error: Exception) -> JSONResponse:

@@ -16,6 +16,8 @@ FailureCode = Literal[
     "queue_wait_exceeded",
     "input_wait_exceeded",
     "turn_timeout",
+    "model_timeout",
+    "event_log_exceeded",
     "invalid_request",
 ]
 

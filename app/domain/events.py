@@ -83,6 +83,11 @@ def from_line(line: str) -> Event:
     return Event(trusted_id(identifier), trusted_id(after), _KINDS[kind], data)
 
 
+def size(events: Iterable[Event]) -> int:
+    """Bytes of what they say."""
+    return sum(len(event.data) for event in events)
+
+
 def trusted_id(identifier: str) -> EventId:
     """An id that this program wrote."""
     fence, _, n = identifier.partition("-")

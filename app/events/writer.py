@@ -13,12 +13,15 @@ from collections.abc import Awaitable, Callable
 from redis.exceptions import RedisError
 
 from app.domain.errors import AttemptLost, Unavailable
-from app.domain.events import Event, EventId, EventKind
+from app.domain.events import Event, EventId, EventKind, size
 from app.events.log import ENDED_TTL_SECONDS, TTL_SECONDS, EventLog
 
 logger = logging.getLogger(__name__)
 
 BATCH = 500
+SEGMENT_BYTES = 262_144
+"""So much unrecorded is worth a segment of its own: it bounds what Redis holds of a turn."""
+
 FINISH_SECONDS = 10
 BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -55,6 +58,9 @@ class EventWriter:
         self._unrecorded: list[Event] = []
         self._staged: list[Event] = []
         self._pending: list[Event] = []
+        self.unrecorded_bytes = 0
+        self.full = asyncio.Event()
+        """Set while there is enough for a segment."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,20 +78,21 @@ class EventWriter:
         """Holds an event back until `recorded`: nobody may see it before its transaction is committed."""
         self._staged.append(self._number(kind, data))
 
-    def unrecorded(self) -> list[Event]:
-        """All events since the last recorded one: the next segment."""
-        return list(self._unrecorded)
+    def unrecorded(self, *, staged: bool = True) -> list[Event]:
+        """All events since the last recorded one: the next segment, with what is staged or without."""
+        return self._unrecorded[: None if staged else len(self._unrecorded) - len(self._staged)]
 
     def recorded(self, segment: list[Event], *, final: bool = False) -> None:
-        """`segment` is committed: publishes what was staged, and lets Redis forget the segment.
+        """`segment` is committed: publishes what was staged, if it is in there, and lets Redis forget the segment.
 
         `final`: the turn has ended, so that Redis may soon forget the turn.
         """
         self._final = final
         del self._unrecorded[: len(segment)]
+        self._count(-size(segment))
         self._recorded = segment[-1].id
         self._trim = segment[-1].id
-        if self._staged:
+        if self._staged and self._staged[-1].id <= segment[-1].id:
             self._pending += self._staged
             self._staged = []
             self._idle.clear()
@@ -95,6 +102,7 @@ class EventWriter:
         """Takes back what was staged: its transaction will not be committed."""
         if self._staged:
             del self._unrecorded[-len(self._staged) :]
+            self._count(-size(self._staged))
             self._next_n = self._staged[0].id.n
             self._last = self._staged[0].after
             self._staged = []
@@ -112,7 +120,15 @@ class EventWriter:
         self._last = event.id
         self._next_n += 1
         self._unrecorded.append(event)
+        self._count(len(data))
         return event
+
+    def _count(self, more: int) -> None:
+        self.unrecorded_bytes += more
+        if self.unrecorded_bytes >= SEGMENT_BYTES:
+            self.full.set()
+        else:
+            self.full.clear()
 
     async def _run(self) -> None:
         while True:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert,
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import AttemptLost, TurnFailure
-from app.domain.events import Event, EventId
+from app.domain.events import Event, EventId, size
 from app.domain.turns import ENDED, TurnStatus
 from app.store.tables import (
     UNFINISHED_SQL,
@@ -68,6 +68,8 @@ class Claim:
     started_at: datetime
     deadline_at: datetime
     registry_version: int
+    event_bytes: int = 0
+    """Of all recorded events of the turn."""
     following: str | None = None
     """After the turn's end: the session's next turn, if it is queued and is to be rung."""
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -173,6 +175,7 @@ def claim(
         started_at=row.started_at,
         deadline_at=row.deadline_at,
         registry_version=context.version,
+        event_bytes=row.event_bytes,
         **_recorded(connection, row),
     )
 
@@ -263,6 +266,7 @@ def record(
         values["resolved"] = resolved
     if events:
         values |= {"last_fence": events[-1].id.fence, "last_n": events[-1].id.n, "tail_lost": False}
+        values["event_bytes"] = turns.c.event_bytes + size(events)
     if started_calls and not values:
         values["worker_id"] = claim.worker_id  # changes nothing, and needs the fence like every other write
     if values and not _fenced_update(connection, claim, values, events):
@@ -334,6 +338,7 @@ def _advanced(
     return replace(
         claim,
         last=events[-1].id if events else claim.last,
+        event_bytes=claim.event_bytes + size(events),
         steps=[*claim.steps, step] if step is not None else claim.steps,
         resolved=resolved if resolved is not None else claim.resolved,
         tail_lost=False if events else claim.tail_lost,
@@ -354,6 +359,7 @@ def hand_over(connection: Connection, claim: Claim, events: Sequence[Event], *, 
     }
     if events:
         values |= {"last_fence": events[-1].id.fence, "last_n": events[-1].id.n}
+        values["event_bytes"] = turns.c.event_bytes + size(events)
     try:
         if _fenced_update(connection, claim, values, ()) and events:
             add_segment(connection, claim.turn_id, events)

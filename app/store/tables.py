@@ -131,6 +131,9 @@ turns = Table(
     Column("completed_at", _Time),
     Column("claimable_at", _Time, comment="A turn suspected of crashing its worker waits until then"),
     Column("request_hash", LargeBinary, comment="SHA-256 of what was asked for: tells a retry from a new turn"),
+    Column(
+        "event_bytes", BigInteger, nullable=False, server_default=text("0"), comment="Of its attempts' recorded events"
+    ),
     UniqueConstraint("session_id", "number"),
     CheckConstraint(f"status IN ({_one_of(frozenset(TurnStatus))})", name="status"),
     CheckConstraint("status <> 'running' OR worker_id IS NOT NULL", name="running_has_worker"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -77,6 +78,7 @@ class Attempt:
         self._stop: Reason | None = None
         self._draining = False
         self._started_calls: set[tuple[int, int]] = set()
+        self._recording = asyncio.Lock()
         self.done = asyncio.Event()
 
     def cancel(self) -> None:
@@ -129,13 +131,22 @@ class Attempt:
         except Exception:
             logger.exception("the turn cannot be taken over; it is put back, at the cost of one of its failures")
             return "broken"
+        checkpoints = asyncio.create_task(self._checkpoints(), name=f"checkpoints {self._claim.turn_id}")
         try:
             return await self._until_it_ends()
         except AttemptLost as lost:
             logger.warning("%s", lost)
             return "lost"
         finally:
+            checkpoints.cancel()
             await self._writer.finish()
+
+    async def _checkpoints(self) -> None:
+        """Records long streams while they go on, so that what Redis holds of a turn is bounded."""
+        with contextlib.suppress(AttemptLost):  # the leg finds out by itself
+            while True:
+                await self._writer.full.wait()
+                await self._record()
 
     async def _until_it_ends(self) -> Outcome:
         try:
@@ -186,6 +197,7 @@ class Attempt:
     async def _steps_of_leg(self) -> Outcome:
         await self._resolve()
         while True:
+            self._check_size()
             if self._draining:
                 return await self._hand_over(between_steps=True)
             action = decide(self._config, self._journal, self._responses)
@@ -238,16 +250,34 @@ class Attempt:
         request = await chat_request(self._config, messages, tools.offered(self._config, self._resolved))
         answer = inference.Inference(
             events.StepProgress("inference", step_id),
-            lambda data: self._writer.emit(EventKind.STEP_PROGRESS, data),
+            self._progress,
             inference.call_ids(messages),
         )
+        limit = self._given.settings.model_call_timeout_seconds
         try:
-            stream: AsyncGenerator[Any] = await self._given.stack.inference.openai_chat_completion(request)
-            async with aclosing(stream):
-                return await answer.run(stream)
+            async with asyncio.timeout(limit) as taken:
+                stream: AsyncGenerator[Any] = await self._given.stack.inference.openai_chat_completion(request)
+                async with aclosing(stream):
+                    return await answer.run(stream)
+        except TurnFailure:
+            raise
         except Exception as error:
+            if taken.expired():
+                message = f"The model did not finish within {limit:g} s (MODEL_CALL_TIMEOUT_SECONDS)."
+                raise TurnFailure("model_timeout", message) from error
             logger.warning("the model failed: %s", error)
             raise inference.model_failure(error) from error
+
+    def _progress(self, data: str) -> None:
+        self._writer.emit(EventKind.STEP_PROGRESS, data)
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Raises TurnFailure: the turn says more than it may."""
+        limit = self._given.settings.event_log_max_bytes
+        if self._claim.event_bytes + self._writer.unrecorded_bytes > limit:
+            message = f"The turn's events are over {limit} bytes (EVENT_LOG_MAX_BYTES)."
+            raise TurnFailure("event_log_exceeded", message)
 
     def _messages(self) -> list[Message]:
         past = [
@@ -380,19 +410,25 @@ class Attempt:
 
     async def _hand_over(self, *, between_steps: bool) -> Outcome:
         self._writer.forget_staged()
-        segment = self._writer.unrecorded()
-        handed = await self._persistently(claims.hand_over, segment, between_steps=between_steps)
+        async with self._recording:
+            segment = self._writer.unrecorded(staged=False)
+            handed = await self._persistently(claims.hand_over, segment, between_steps=between_steps)
         return "handed over" if handed else "lost"
 
     async def _record(self, **what: Any) -> None:
         """Records in one transaction, then publishes what was staged for it. Not to be cut off by a cancellation."""
-        segment = self._writer.unrecorded()
-        recording = asyncio.create_task(self._persist(segment, **what))
+        recording = asyncio.create_task(self._write(**what))
         try:
             await asyncio.shield(recording)
         finally:
             # A cancellation waits: what is committed and what this attempt believes must not part.
-            self._claim = await recording
+            await recording
+
+    async def _write(self, **what: Any) -> None:
+        """One at a time, each behind the other. What is staged belongs to the step or the end that it tells of."""
+        async with self._recording:
+            segment = self._writer.unrecorded(staged="step" in what or "end" in what)
+            self._claim = await self._persist(segment, **what)
             if segment:
                 self._writer.recorded(segment, final="end" in what and what["end"].status in ENDED)
 

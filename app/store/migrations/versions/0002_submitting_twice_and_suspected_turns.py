@@ -28,6 +28,16 @@ def upgrade() -> None:
             comment="SHA-256 of what was asked for: tells a retry from a new turn",
         ),
     )
+    op.add_column(
+        "turns",
+        sa.Column(
+            "event_bytes",
+            sa.BigInteger(),
+            server_default=sa.text("0"),
+            nullable=False,
+            comment="Of its attempts' recorded events",
+        ),
+    )
     op.create_index(
         "ix_turns_active",
         "turns",
@@ -69,5 +79,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("idempotency_keys")
     op.drop_index("ix_turns_active", table_name="turns", postgresql_where=sa.text("status IN ('queued', 'running')"))
+    op.drop_column("turns", "event_bytes")
     op.drop_column("turns", "request_hash")
     op.drop_column("turns", "claimable_at")
