@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import chat, demo, doctor, migrate, settings, turns, up
+from app.cli import chat, demo, doctor, migrate, prune, settings, turns, up
 
 application = typer.Typer(
     name="caravan",
@@ -21,6 +21,7 @@ application.command()(up.up)
 application.command()(demo.demo)
 application.command()(chat.chat)
 application.command()(migrate.migrate)
+application.command()(prune.prune)
 application.command()(settings.settings)
 application.add_typer(turns.application, name="turns")
 application.command()(doctor.doctor)

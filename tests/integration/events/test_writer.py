@@ -9,7 +9,7 @@ import pytest
 from app.domain.events import START, EventId, EventKind
 from app.events.follow import Relay
 from app.events.log import ENDED_TTL_SECONDS, EventLog, channel
-from app.events.writer import EventWriter
+from app.events.writer import SEGMENT_BYTES, EventWriter
 from app.local.valkey import Valkey
 from tests.integration.events.feeds import (
     DELTA,
@@ -54,6 +54,37 @@ async def test_a_staged_event_is_seen_only_when_it_is_recorded(log: EventLog, ow
         writer.recorded(segment)
         assert writer.unrecorded() == []
         await until(lambda: heard == segment)
+
+
+async def test_a_segment_in_mid_step_leaves_out_what_is_staged(log: EventLog, owner: Owner) -> None:
+    """What is staged belongs to a transaction of its own, and is not published by another one's commit."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer, hearing(log, turn_id) as heard:
+        emit(writer, 2)
+        writer.stage(EventKind.STEP_COMPLETE, '"done"')
+        whole, published = writer.unrecorded(), writer.unrecorded(staged=False)
+        assert published == whole[:2]
+        writer.recorded(published)
+        assert writer.unrecorded() == whole[2:]
+        await until(lambda: len(heard) >= 2)
+        assert heard == published
+        writer.recorded(whole[2:])
+        await until(lambda: heard == whole)
+
+
+async def test_a_writer_tells_when_there_is_enough_for_a_segment(log: EventLog, owner: Owner) -> None:
+    """By bytes, until it is recorded; what is taken back counts no more."""
+    async with writing(log, new_turn(), owner) as writer:
+        writer.emit(EventKind.STEP_PROGRESS, "x" * (SEGMENT_BYTES - 10))
+        assert not writer.full.is_set()
+        writer.stage(EventKind.STEP_COMPLETE, "y" * 10)
+        assert writer.full.is_set()
+        writer.forget_staged()
+        assert (writer.full.is_set(), writer.unrecorded_bytes) == (False, SEGMENT_BYTES - 10)
+        writer.emit(EventKind.STEP_PROGRESS, "x" * 10)
+        assert writer.full.is_set()
+        writer.recorded(writer.unrecorded())
+        assert (writer.full.is_set(), writer.unrecorded_bytes) == (False, 0)
 
 
 async def test_what_is_recorded_is_trimmed_from_redis(log: EventLog, owner: Owner) -> None:

@@ -6,14 +6,20 @@ other tests have left.
 
 from __future__ import annotations
 
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, text
 
-from app.store import Store, claims, turns, workers
-from tests.integration.store.seeds import Seeds, next_event
+from app.domain.errors import TurnFailure
+from app.domain.turns import TurnStatus
+from app.store import Store, admission, agents, claims, prune, turns, workers
+from app.store.admission import Resumption
+from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, no_redis
 
 ROWS = 3000
 GROWING = {"turns", "event_segments", "journal", "tool_calls", "sessions", "agents"}
@@ -114,6 +120,87 @@ def test_recording_reads_by_index(crowded: Seeds) -> None:
     claim = crowded.claimed()
     analyze(crowded.store)
     assert_indexed(crowded.store, lambda connection: claims.record(connection, claim, [next_event(claim)]))
+
+
+def test_accepting_reads_by_index(crowded: Seeds) -> None:
+    """Key, session, the session's unfinished turns, the counts for the caps, the retried turn."""
+    session_id = crowded.session()
+    crowded.await_input(crowded.claimed(crowded.turn(session_id)))
+    crowded.complete(crowded.claimed(crowded.turn(session_id)))
+    crowded.turn(session_id)
+    asked = replace(crowded.submission(session_id, documents=["new"]), idempotency_key=uuid.uuid4().hex, is_retry=True)
+    analyze(crowded.store)
+    found = assert_indexed(crowded.store, lambda connection: admission.accept(connection, asked, no_redis))
+    assert any("ix_turns_unfinished" in plan for plan in found)
+    assert any("ix_turns_active" in plan for plan in found)
+
+
+def test_resuming_cancelling_and_pruning_read_by_index(crowded: Seeds) -> None:
+    """Whatever the number of ended turns."""
+    session_id = crowded.session()
+    awaiting = crowded.await_input(crowded.claimed(crowded.turn(session_id))).turn_id
+    answer = [{"call_id": "c1", "tool_name": "ask", "content": "yes"}]
+    asked = Resumption(OWNER, session_id, awaiting, answer, b"", uuid.uuid4().hex)
+    failure = TurnFailure("cancelled", "Cancelled.")
+    analyze(crowded.store)
+    queries: list[Callable[[Connection], Any]] = [
+        lambda connection: turns.cancel(connection, awaiting, failure, no_redis),
+        lambda connection: admission.resume(connection, asked),
+        lambda connection: admission.forget_keys(connection, 10),
+        lambda connection: prune.prune_sessions(connection, 86_400, session_id),
+        lambda connection: turns.session_turns(connection, session_id),
+        lambda connection: agents.purge_deleted(connection, 0, 10),
+    ]
+    for query in queries:
+        assert_indexed(crowded.store, query)
+
+
+def test_a_turn_takes_as_many_statements_in_a_long_session_as_in_a_short_one(crowded: Seeds) -> None:
+    """Accept, claim, record, end and read, with two and with a thousand earlier turns."""
+    short, long = (statements_of_a_turn(crowded, long_session(crowded, earlier)) for earlier in (2, 1000))
+    assert short == long
+    assert max(short.values()) <= 8, short
+
+
+def long_session(seeds: Seeds, earlier: int) -> str:
+    """A session with so many completed turns of one step each."""
+    session_id = seeds.session()
+    with seeds.store.engine.begin() as connection:
+        for statement in (
+            """INSERT INTO turns (turn_id, session_id, owner, number, status, request, tool_responses, queued_at, fence)
+               SELECT gen_random_uuid(), session_id, owner, number, 'completed', '{"messages": []}', '{}', now(), 1
+               FROM sessions, generate_series(1, :earlier) number WHERE session_id = :session""",
+            """INSERT INTO journal SELECT turn_id, 0, gen_random_uuid(), '{"step_type": "inference"}' FROM turns
+               WHERE session_id = :session""",
+            "UPDATE sessions SET next_number = :earlier + 1 WHERE session_id = :session",
+        ):
+            connection.execute(text(statement), {"earlier": earlier, "session": session_id})
+    return session_id
+
+
+def statements_of_a_turn(seeds: Seeds, session_id: str) -> dict[str, int]:
+    """How many statements each transaction of a plain turn sends."""
+    counts: Counter[str] = Counter()
+    asked, worker_id, what = seeds.submission(session_id), seeds.worker(), "accept"
+
+    def count(*_: Any) -> None:
+        counts[what] += 1
+
+    event.listen(seeds.store.engine, "before_cursor_execute", count)
+    try:
+        seeds.submit(asked)
+        what = "claim"
+        claim = seeds.claimed(asked.turn_id, worker_id)
+        what = "record"
+        claim = seeds.record(claim, [next_event(claim)], step=inference_step(claim.turn_id))
+        what = "end"
+        seeds.complete(claim)
+        what = "read"
+        assert seeds.row(asked.turn_id).status == TurnStatus.COMPLETED
+    finally:
+        event.remove(seeds.store.engine, "before_cursor_execute", count)
+    assert len(claim.past) >= 2
+    return dict(counts)
 
 
 @pytest.mark.parametrize(
