@@ -94,6 +94,16 @@ class Settings(BaseSettings):
     tool_timeout_seconds: float = Field(
         default=300, gt=0, description="Seconds that one server-side tool call may take."
     )
+    tool_result_max_bytes: int = Field(
+        default=1_048_576,
+        ge=1024,
+        description="Bytes that the result of a server-side tool call may have, as JSON; a larger one is an error.",
+    )
+    tools_safe_to_repeat: CommaSeparated = Field(
+        default_factory=list,
+        description="Server-side tools, comma-separated, as `tool` or `toolgroup/tool`: a call of theirs that was in "
+        "flight when its worker died is made again, whatever their MCP server says of them.",
+    )
 
     # Leases
     lease_seconds: float = Field(
@@ -136,7 +146,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
     log_format: Literal["text", "json"] = Field(default="text", description="`text`, or `json`: one object a line.")
 
-    @field_validator("inference_model", "cors_origins", mode="before")
+    @field_validator("inference_model", "cors_origins", "tools_safe_to_repeat", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

@@ -15,6 +15,8 @@ from app.settings import Settings
 from app.stack import library, registry
 from app.stack.config import stack_run_config, worker_run_config
 
+MCP_PROVIDER = "remote::model-context-protocol"
+
 
 class LlamaStack:
     """The started stack; one in a process, used on the loop that it was started on.
@@ -48,6 +50,17 @@ class LlamaStack:
         known stays usable.
         """
         await registry.refresh(self._impls)
+
+    async def mcp_endpoint(self, toolgroup_id: str) -> str | None:
+        """The URL of the MCP server that a toolgroup stands for; None: its provider is of another kind.
+
+        Raises ValueError: there is no such toolgroup.
+        """
+        group = await self.tool_groups.get_tool_group(toolgroup_id)
+        provider = self.tool_groups.impls_by_provider_id.get(group.provider_id)
+        if group.mcp_endpoint is None or provider is None or provider.__provider_spec__.provider_type != MCP_PROVIDER:
+            return None
+        return str(group.mcp_endpoint.uri)
 
     async def close(self) -> None:
         """Close every connection; trouble is logged. The stack cannot be used afterwards."""

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from redis.exceptions import RedisError
 
 from app.domain import events, history, shapes
-from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide, tool_name
+from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide
 from app.domain.errors import AttemptLost, TurnFailure, Unavailable
 from app.domain.events import LOST_TAIL_LEAP, Event, EventKind
 from app.domain.turns import ENDED, TurnStatus
@@ -316,7 +316,8 @@ class Attempt:
         return entry is None or (entry.result is None and self._repeatable(ordinal, index))
 
     def _repeatable(self, ordinal: int, index: int) -> bool:
-        return tool_name(self._journal[ordinal].model_response.tool_calls[index]) in tools.REPEATABLE
+        tool = self._resolved.tool(self._journal[ordinal].model_response.tool_calls[index])
+        return tool is not None and tool.safe_to_repeat(self._given.settings.tools_safe_to_repeat)
 
     async def _call_tool(self, ordinal: int, index: int, call: ToolCall) -> tuple[ToolResponse, datetime]:
         """The call's response, from the ledger if it is there; recorded at once if its step cannot be yet."""
@@ -326,9 +327,10 @@ class Attempt:
             return ToolResponse.model_validate(entry.result), started_at
         if entry is not None and not self._repeatable(ordinal, index):
             return tools.failed(call, tools.OUTCOME_UNKNOWN), started_at
-        response = await tools.call(
-            self._given.stack, self._resolved, self._claim.session_id, call, self._given.settings.tool_timeout_seconds
-        )
+        settings = self._given.settings
+        limits = tools.Limits(settings.tool_timeout_seconds, settings.tool_result_max_bytes)
+        key = f"{self._claim.turn_id}:{ordinal}:{index}"
+        response = await tools.call(self._given.stack, self._resolved, self._claim.session_id, call, key, limits)
         if index != self._next_call:
             await self._persist([], result=(ordinal, index, events.dump(response)))
         return response, started_at

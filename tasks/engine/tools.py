@@ -8,23 +8,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from llama_stack.apis.agents import AgentConfig, AgentToolGroupWithArgs, Document
 from llama_stack.apis.common.content_types import URL, TextContentItem
 from llama_stack.apis.inference import ToolCall, ToolResponse
+from llama_stack.apis.tools import ToolInvocationResult
 from pydantic import BaseModel, TypeAdapter
 
 from app.domain.decide import tool_name
 from app.domain.errors import TurnFailure
+from tasks.engine import mcp
 from tasks.engine.messages import OpenAITool
 from tasks.stack import LlamaStack
 
 logger = logging.getLogger(__name__)
 
-REPEATABLE = frozenset({"knowledge_search", "web_search"})
-"""Builtin tools that only read, so that a call in flight when its worker died may be made again."""
+READ_ONLY_BUILTINS = frozenset({"knowledge_search", "web_search"})
 
 OUTCOME_UNKNOWN = (
     "The outcome of this tool call is unknown: the worker was lost while it ran. It was not made again, "
@@ -41,6 +44,19 @@ class Tool(BaseModel):
     input_schema: dict[str, Any] | None
     args: dict[str, Any]
     is_mcp: bool
+    annotations: dict[str, Any] = {}
+    """MCP's `ToolAnnotations`, as the server listed them."""
+
+    def safe_to_repeat(self, configured: Collection[str]) -> bool:
+        """Whether a call that was in flight when its worker died may be made again.
+
+        `configured`: names of tools, alone or as `toolgroup/tool` (TOOLS_SAFE_TO_REPEAT).
+        """
+        if self.name in configured or f"{self.toolgroup_id}/{self.name}" in configured:
+            return True
+        if self.is_mcp:
+            return bool(self.annotations.get("readOnlyHint") or self.annotations.get("idempotentHint"))
+        return self.name in READ_ONLY_BUILTINS
 
 
 class Resolved(BaseModel):
@@ -48,6 +64,11 @@ class Resolved(BaseModel):
 
     tools: list[Tool] = []
     context: str = ""
+
+    def tool(self, call: ToolCall) -> Tool | None:
+        """The tool that a call names."""
+        name = tool_name(call)
+        return next((tool for tool in self.tools if tool.name == name), None)
 
 
 Toolgroups = TypeAdapter(list[str | AgentToolGroupWithArgs])
@@ -83,22 +104,34 @@ async def _resolve_tools(
 
 async def _group_tools(stack: LlamaStack, group: str, only: str | None, args: dict[str, dict[str, Any]]) -> list[Tool]:
     try:
-        listed = (await stack.tool_groups.list_tools(toolgroup_id=group)).data
+        endpoint = await stack.mcp_endpoint(group)
+        listed = await (_runtime_tools(stack, group) if endpoint is None else _mcp_tools(endpoint))
     except Exception as error:
         raise TurnFailure("invalid_request", f"Toolgroup {group} cannot be used: {error}") from error
-    found = [tool for tool in listed if only in (None, tool.name)]
+    found = [tool for tool in listed if only in (None, tool["name"])]
     if not found:
         raise TurnFailure("invalid_request", f"Toolgroup {group} has no tool{f' {only}' if only else 's, or is down'}")
+    return [Tool(**tool, toolgroup_id=group, args=args.get(group, {})) for tool in found]
+
+
+async def _runtime_tools(stack: LlamaStack, group: str) -> list[dict[str, Any]]:
+    listed = (await stack.tool_groups.list_tools(toolgroup_id=group)).data
     return [
-        Tool(
-            name=tool.name,
-            toolgroup_id=group,
-            description=tool.description,
-            input_schema=tool.input_schema,
-            args=args.get(group, {}),
-            is_mcp="endpoint" in (tool.metadata or {}),
-        )
-        for tool in found
+        {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema, "is_mcp": False}
+        for tool in listed
+    ]
+
+
+async def _mcp_tools(endpoint: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": tool.name,
+            "description": tool.description,
+            "input_schema": tool.inputSchema,
+            "is_mcp": True,
+            "annotations": tool.annotations.model_dump(exclude_none=True) if tool.annotations else {},
+        }
+        for tool in await mcp.list_tools(endpoint)
     ]
 
 
@@ -162,11 +195,22 @@ def _function(name: str, description: str | None, input_schema: dict[str, Any] |
     return function
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of one call: seconds that it may take, bytes that its response may have as JSON."""
+
+    timeout_seconds: float
+    max_bytes: int
+
+
 async def call(
-    stack: LlamaStack, resolved: Resolved, session_id: str, tool_call: ToolCall, timeout_seconds: float
+    stack: LlamaStack, resolved: Resolved, session_id: str, tool_call: ToolCall, key: str, limits: Limits
 ) -> ToolResponse:
-    """Makes one call. Whatever goes wrong is the response."""
-    tool = next((tool for tool in resolved.tools if tool.name == tool_name(tool_call)), None)
+    """Makes one call. Whatever goes wrong is the response.
+
+    `key`: the same for every attempt of this call, and different for every other call.
+    """
+    tool = resolved.tool(tool_call)
     if tool is None:
         known = ", ".join(tool.name for tool in resolved.tools) or "none"
         return failed(tool_call, f"There is no tool {tool_name(tool_call)}. Tools: {known}.")
@@ -177,26 +221,46 @@ async def call(
     if not isinstance(arguments, dict):
         return failed(tool_call, "The arguments are not a JSON object.")
     try:
-        async with asyncio.timeout(timeout_seconds):
-            return await _invoke(stack, tool, session_id, tool_call, arguments)
+        async with asyncio.timeout(limits.timeout_seconds):
+            result = await _invoke(stack, tool, session_id, {**arguments, **tool.args}, key)
     except TimeoutError:
-        return failed(tool_call, f"The tool gave no result within {timeout_seconds:g} s.")
+        seconds = f"{limits.timeout_seconds:g} s"
+        return failed(tool_call, f"The tool gave no result within {seconds} (TOOL_TIMEOUT_SECONDS).")
     except Exception as error:
         logger.warning("tool %s failed: %s", tool.name, error)
         return failed(tool_call, f"The tool failed: {error}")
+    return _bounded(_response(tool_call, result), tool_call, limits.max_bytes)
 
 
 async def _invoke(
-    stack: LlamaStack, tool: Tool, session_id: str, tool_call: ToolCall, arguments: dict[str, Any]
-) -> ToolResponse:
+    stack: LlamaStack, tool: Tool, session_id: str, arguments: dict[str, Any], key: str
+) -> ToolInvocationResult:
+    if tool.is_mcp:
+        endpoint = await stack.mcp_endpoint(tool.toolgroup_id)
+        if endpoint is None:
+            raise ValueError(f"toolgroup {tool.toolgroup_id} is no MCP server any longer")
+        # It gets just what the model said: its schema knows no session.
+        return await mcp.call_tool(endpoint, tool.name, arguments, key)
     # The router finds a tool's group in an index that listing the group fills: another process may have resolved it.
     await stack.tool_groups.list_tools(toolgroup_id=tool.toolgroup_id)
-    # An MCP server gets just what the model said; its schema knows no session.
-    context = {} if tool.is_mcp else {"session_id": session_id}
-    result = await stack.tool_runtime.invoke_tool(tool_name=tool.name, kwargs={**context, **arguments, **tool.args})
+    kwargs = {"session_id": session_id, **arguments}
+    return await stack.tool_runtime.invoke_tool(tool_name=tool.name, kwargs=kwargs)
+
+
+def _response(tool_call: ToolCall, result: ToolInvocationResult) -> ToolResponse:
     content = result.content if result.content is not None else result.error_message or ""
     return ToolResponse(
         call_id=tool_call.call_id, tool_name=tool_call.tool_name, content=content, metadata=result.metadata
+    )
+
+
+def _bounded(response: ToolResponse, tool_call: ToolCall, max_bytes: int) -> ToolResponse:
+    size = len(response.model_dump_json().encode())
+    if size <= max_bytes:
+        return response
+    logger.warning("tool %s gave a result of %d bytes", tool_name(tool_call), size)
+    return failed(
+        tool_call, f"The tool's result has {size} bytes, more than the {max_bytes} allowed (TOOL_RESULT_MAX_BYTES)."
     )
 
 

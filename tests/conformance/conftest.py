@@ -15,6 +15,7 @@ from sqlalchemy.engine import make_url
 from app.events.log import EventLog
 from app.store import Store
 from tests.conformance.world import World
+from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
 if TYPE_CHECKING:
@@ -35,9 +36,15 @@ async def log(redis_url: str) -> AsyncIterator[EventLog]:
     await opened.close()
 
 
+@pytest.fixture(scope="package")
+def mcp() -> Iterator[McpServer]:
+    with McpServer() as server:
+        yield server
+
+
 @pytest.fixture
-async def world(model: ScriptedModel) -> AsyncIterator[World]:
-    opened = World(model.url)
+async def world(model: ScriptedModel, mcp: McpServer) -> AsyncIterator[World]:
+    opened = World(model.url, mcp)
     yield opened
     await opened.close()
 

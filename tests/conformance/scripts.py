@@ -67,7 +67,13 @@ SCRIPTS: dict[str, Script] = {
     "one tool of a group": one('CALL echo {"text": "x"} | SAY done', toolgroups=["calc/echo"]),
     "toolgroup arguments": one(f"{ADD} | SAY x", toolgroups=[{"name": "calc", "args": {"unit": "m"}}]),
     "a turn's own toolgroups": Script((Ask(f"{ADD} | SAY x", toolgroups=("calc",)), Ask("SAY y"))),
-    "an MCP tool": one('CALL find {"what": "it"} | SAY x', "no session for MCP", toolgroups=["things"]),
+    "an MCP tool": one('CALL count {"key": "it"} | SAY x', "no session for MCP", toolgroups=["mcp"]),
+    "an MCP tool that fails": one(
+        'CALL slow {"seconds": "many", "text": "x"} | SAY x', "no session for MCP", toolgroups=["mcp"]
+    ),
+    "an MCP tool of the group, and an attachment": one(
+        "CALL attachment | TOOLS", "no session for MCP", toolgroups=["mcp/attachment"]
+    ),
     "a builtin tool": one("TOOLS", "builtin tools keep their names", toolgroups=["builtin::websearch"]),
     # Client tools
     "a client tool": Script((Ask(f"{ASK} | SAY thanks"), Answer({"ask_user": "because"})), CLIENT, ("own step ids",)),

@@ -10,16 +10,17 @@ from tests.conformance.engines import Ours, Reference, play
 from tests.conformance.scripts import SCRIPTS
 from tests.conformance.transcripts import differences, kinds, normal
 from tests.conformance.world import World
+from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 async def test_our_engine_does_what_chat_agent_does(
-    name: str, tools: Tools, world: World, model: ScriptedModel
+    name: str, tools: Tools, world: World, model: ScriptedModel, mcp: McpServer
 ) -> None:
     """Event by event, request by request, tool call by tool call, but for the deviations that the script names."""
     script = SCRIPTS[name]
-    theirs = World(model.url)
+    theirs = World(model.url, mcp)
     reference = await play(Reference(script, theirs), script, theirs, model)
     await theirs.close()
     ours = await play(Ours(script, world, tools), script, world, model)

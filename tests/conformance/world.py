@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_stack.apis.tools import ListToolDefsResponse, ListToolGroupsResponse, ToolDef, ToolInvocationResult
+from llama_stack.providers.utils.tools.mcp import invoke_mcp_tool, list_mcp_tools
 
 from app.stack.inference import ModelServer, ModelServerConfig
-
-MCP = {"endpoint": "http://127.0.0.1:1/sse"}
+from tests.support.mcp_server import McpServer
 
 
 def schema(**properties: str) -> dict[str, Any]:
@@ -22,33 +22,48 @@ GROUPS: dict[str, list[ToolDef]] = {
         ToolDef(name="add", description="Adds.", input_schema=schema(a="integer", b="integer")),
         ToolDef(name="echo", description="Says it again.", input_schema=schema(text="string")),
     ],
-    "things": [ToolDef(name="find", description="Finds.", input_schema=schema(what="string"), metadata=MCP)],
     "faulty": [ToolDef(name="fail"), ToolDef(name="mute")],
-    "slow": [ToolDef(name="wait", metadata=MCP)],
+    "slow": [ToolDef(name="wait")],
     "builtin::websearch": [ToolDef(name="web_search", description="Searches.")],
 }
 
 
 class World:
-    """`inference`, `tool_groups` and `tool_runtime` of a Llama Stack, and a record of the tool calls made."""
+    """`inference`, `tool_groups` and `tool_runtime` of a Llama Stack, and a record of the tool calls made.
 
-    def __init__(self, model_url: str) -> None:
+    The toolgroup `mcp` is a real MCP server: llama_stack's client lists and calls it for `ChatAgent`, ours for us.
+    """
+
+    def __init__(self, model_url: str, mcp: McpServer) -> None:
         config = ModelServerConfig(url=model_url, models=["scripted"], timeout_seconds=10)
         self.inference = ModelServer(config)
         self.tool_groups = self
         self.tool_runtime = self
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self._mcp = mcp
+        self._calls: list[tuple[str, dict[str, Any]]] = []
         self.let_go = asyncio.Event()
 
+    @property
+    def calls(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and arguments of each call that was made, those of the MCP server last."""
+        return self._calls + [(call["tool"], call["arguments"]) for call in self._mcp.calls()]
+
+    async def mcp_endpoint(self, toolgroup_id: str) -> str | None:
+        return self._mcp.url if toolgroup_id == "mcp" else None
+
     async def list_tools(self, toolgroup_id: str | None = None) -> ListToolDefsResponse:
+        if toolgroup_id == "mcp":
+            return await list_mcp_tools(self._mcp.url, {})
         return ListToolDefsResponse(data=GROUPS.get(toolgroup_id or "", []))
 
     async def list_tool_groups(self) -> ListToolGroupsResponse:
         return ListToolGroupsResponse(data=[])
 
     async def invoke_tool(self, tool_name: str, kwargs: dict[str, Any]) -> ToolInvocationResult:
-        self.calls.append((tool_name, dict(kwargs)))
-        result = getattr(self, f"_{tool_name}")
+        result = getattr(self, f"_{tool_name}", None)
+        if result is None:
+            return await invoke_mcp_tool(self._mcp.url, {}, tool_name, kwargs)
+        self._calls.append((tool_name, dict(kwargs)))
         given: ToolInvocationResult = await result(
             **{key: value for key, value in kwargs.items() if key != "session_id"}
         )
@@ -62,9 +77,6 @@ class World:
 
     async def _echo(self, text: str = "") -> ToolInvocationResult:
         return ToolInvocationResult(content=text)
-
-    async def _find(self, what: str = "") -> ToolInvocationResult:
-        return ToolInvocationResult(content=f"found {what}")
 
     async def _web_search(self, query: str = "") -> ToolInvocationResult:
         return ToolInvocationResult(content=f"pages about {query}")
@@ -80,4 +92,5 @@ class World:
         return ToolInvocationResult(content="waited")
 
     async def close(self) -> None:
+        self._mcp.reset()
         await self.inference.shutdown()

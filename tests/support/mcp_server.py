@@ -1,4 +1,4 @@
-"""A real MCP server (streamable HTTP) with a few tools, which remembers how it was called.
+"""A real MCP server (streamable HTTP, or SSE) with a few tools, which remembers how it was called.
 
     add(a, b)               the sum
     get_secret_number()     `SECRET_NUMBER`
@@ -6,10 +6,17 @@
     fail(message)           an error with this message
     count(key)              counts a side effect; how often this key has been counted
     big(n)                  n characters
+    picture()               a text and an image, `PICTURE`
+    attachment()            a text and an embedded resource
+    look(key, hold)         how often this key has been counted; annotated readOnlyHint
+    put(key, hold)          counts a side effect under the key, and gives the key back; annotated idempotentHint
+    order(key, hold)        the same without annotations
+
+The last three wait, after they have counted, until the hold of that name is released; without a name they do not wait.
 
 Calls are recorded in a file of JSON lines: one line when a call begins, one with the same `id` when it ends.
 
-Control: GET /control/counts, POST /control/reset.
+Control: GET /control/counts and /control/held/{name}, POST /control/release/{name} and /control/reset.
 """
 
 from __future__ import annotations
@@ -23,20 +30,45 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from mcp.server.fastmcp import FastMCP
-from mcp.types import ContentBlock
+from mcp.types import (
+    ContentBlock,
+    EmbeddedResource,
+    ImageContent,
+    TextContent,
+    TextResourceContents,
+    ToolAnnotations,
+)
+from pydantic import AnyUrl
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tests.support import ServerProcess, exit_with_parent
+from tests.support import ServerProcess, exit_with_parent, wait_until
 
 SECRET_NUMBER = 8_675_309
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+"""A PNG of one pixel, in base64."""
+
+
+class Hold:
+    """A name that calls wait for."""
+
+    def __init__(self) -> None:
+        self.released = asyncio.Event()
+        self.waiting = 0
+
+    async def wait(self) -> None:
+        self.waiting += 1
+        try:
+            await self.released.wait()
+        finally:
+            self.waiting -= 1
 
 
 class RecordingMCP(FastMCP):
@@ -45,6 +77,7 @@ class RecordingMCP(FastMCP):
     def __init__(self, host: str, calls_file: Path) -> None:
         super().__init__("tests", host=host, log_level="WARNING")
         self.counts: Counter[str] = Counter()
+        self.holds: defaultdict[str, Hold] = defaultdict(Hold)
         self._calls_file = calls_file
 
     async def call_tool(self, name: str, arguments: dict[str, Any]) -> Sequence[ContentBlock] | dict[str, Any]:
@@ -130,6 +163,48 @@ def _add_tools(server: RecordingMCP) -> None:
         """Gives n characters."""
         return "x" * n
 
+    @server.tool()
+    def picture() -> list[TextContent | ImageContent]:
+        """Gives a picture."""
+        return [
+            TextContent(type="text", text="a picture"),
+            ImageContent(type="image", data=PICTURE, mimeType="image/png"),
+        ]
+
+    @server.tool()
+    def attachment() -> list[TextContent | EmbeddedResource]:
+        """Gives a text with something attached."""
+        resource = TextResourceContents(uri=AnyUrl("file:///note"), text="attached")
+        return [TextContent(type="text", text="see below"), EmbeddedResource(type="resource", resource=resource)]
+
+    _add_annotated_tools(server)
+
+
+def _add_annotated_tools(server: RecordingMCP) -> None:
+    async def wait(hold: str) -> None:
+        if hold:
+            await server.holds[hold].wait()
+
+    @server.tool(annotations=ToolAnnotations(readOnlyHint=True))
+    async def look(key: str, hold: str = "") -> int:
+        """Tells how often the key has been counted."""
+        await wait(hold)
+        return server.counts[key]
+
+    @server.tool(annotations=ToolAnnotations(idempotentHint=True))
+    async def put(key: str, hold: str = "") -> str:
+        """Counts a side effect under the key."""
+        server.counts[key] += 1
+        await wait(hold)
+        return key
+
+    @server.tool()
+    async def order(key: str, hold: str = "") -> str:
+        """Counts a side effect under the key."""
+        server.counts[key] += 1
+        await wait(hold)
+        return key
+
 
 def _add_control(server: RecordingMCP) -> None:
     @server.custom_route("/control/counts", methods=["GET"])
@@ -139,21 +214,35 @@ def _add_control(server: RecordingMCP) -> None:
     @server.custom_route("/control/reset", methods=["POST"])
     async def reset(_: Request) -> Response:
         server.counts.clear()
+        for hold in server.holds.values():
+            hold.released.set()
+        server.holds.clear()
         return JSONResponse(None)
+
+    @server.custom_route("/control/held/{name}", methods=["GET"])
+    async def held(request: Request) -> Response:
+        hold = server.holds.get(request.path_params["name"])
+        return JSONResponse(hold.waiting if hold else 0)
+
+    @server.custom_route("/control/release/{name}", methods=["POST"])
+    async def release(request: Request) -> Response:
+        hold = server.holds[request.path_params["name"]]
+        hold.released.set()
+        return JSONResponse(hold.waiting)
 
 
 class McpServer(ServerProcess):
-    """Runs the MCP server in a subprocess: `with McpServer() as mcp: … mcp.url` (it ends in /mcp).
+    """Runs the MCP server in a subprocess: `with McpServer() as mcp: … mcp.url` (it ends in /mcp, with `sse` in /sse).
 
     A kill loses its sessions and counts; the calls so far are kept.
     """
 
     module = "tests.support.mcp_server"
 
-    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1", *, sse: bool = False) -> None:
         descriptor, name = tempfile.mkstemp(prefix="caravan-mcp-calls-", suffix=".jsonl")
         os.close(descriptor)
-        super().__init__(port, host, ["--calls", name])
+        super().__init__(port, host, ["--calls", name, *(["--sse"] if sse else [])])
         self._calls_file = Path(name)
         weakref.finalize(self, self._calls_file.unlink, missing_ok=True)
 
@@ -164,11 +253,19 @@ class McpServer(ServerProcess):
         return read_calls(self._calls_file)
 
     def counts(self) -> dict[str, int]:
-        """How often `count` was called with each key."""
+        """How often the side effect of each key happened."""
         return dict(self.control("GET", "counts"))
 
+    def release(self, name: str) -> int:
+        """Lets every call that holds this name go on, now and until a reset; how many were waiting."""
+        return int(self.control("POST", f"release/{name}"))
+
+    def wait_held(self, name: str, count: int = 1, timeout: float = 10.0) -> None:
+        """Waits, blocking, until so many calls hold this name (seconds)."""
+        wait_until(lambda: int(self.control("GET", f"held/{name}")) >= count, timeout)
+
     def reset(self) -> None:
-        """Forgets calls and counts."""
+        """Forgets calls, counts and released names; lets go of what is held."""
         os.truncate(self._calls_file, 0)
         if self.pid:
             self.control("POST", "reset")
@@ -185,13 +282,15 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
     parser.add_argument("--calls", type=Path, default=os.devnull, help="the file of JSON lines that records calls")
+    parser.add_argument("--sse", action="store_true", help="the older transport, in place of streamable HTTP")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
-    app = build(arguments.host, arguments.calls).streamable_http_app()
+    server = build(arguments.host, arguments.calls)
+    app, path = (server.sse_app(), "sse") if arguments.sse else (server.streamable_http_app(), "mcp")
     listener = socket.create_server((arguments.host, arguments.port), backlog=1024)
-    print(f"ready http://{arguments.host}:{listener.getsockname()[1]}/mcp", flush=True)
+    print(f"ready http://{arguments.host}:{listener.getsockname()[1]}/{path}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 

@@ -47,7 +47,8 @@ def text(result: CallToolResult) -> str:
 async def test_the_tools_do_what_they_say(mcp: McpServer) -> None:
     async with session(mcp) as client:
         names = {tool.name for tool in (await client.list_tools()).tools}
-        assert names == {"add", "get_secret_number", "slow", "fail", "count", "big"}
+        plain = {"add", "get_secret_number", "slow", "fail", "count", "big", "picture", "attachment", "order"}
+        assert names == plain | {"look", "put"}
         assert text(await client.call_tool("add", {"a": 1, "b": 2})) == "3"
         assert text(await client.call_tool("get_secret_number")) == str(SECRET_NUMBER)
         assert text(await client.call_tool("slow", {"seconds": 0, "text": "hi"})) == "hi"
@@ -78,6 +79,25 @@ async def test_a_call_is_seen_while_it_runs(mcp: McpServer) -> None:
         await asyncio.to_thread(wait_until, mcp.calls)
         assert mcp.calls()[0]["ended"] is None
         running.cancel()
+
+
+async def test_tools_say_whether_they_may_be_repeated(mcp: McpServer) -> None:
+    async with session(mcp) as client:
+        hints = {tool.name: tool.annotations for tool in (await client.list_tools()).tools if tool.annotations}
+    assert {name: hint.model_dump(exclude_none=True) for name, hint in hints.items()} == {
+        "look": {"readOnlyHint": True},
+        "put": {"idempotentHint": True},
+    }
+
+
+async def test_a_held_call_waits_behind_its_side_effect(mcp: McpServer) -> None:
+    async with session(mcp) as client:
+        running = asyncio.create_task(client.call_tool("order", {"key": "a", "hold": "gate"}))
+        await asyncio.to_thread(mcp.wait_held, "gate")
+        assert mcp.counts() == {"a": 1}
+        assert mcp.release("gate") == 1
+        assert text(await running) == "a"
+        assert text(await client.call_tool("look", {"key": "a", "hold": "gate"})) == "1"
 
 
 async def test_it_comes_back_on_its_port_and_keeps_its_calls(mcp: McpServer) -> None:
