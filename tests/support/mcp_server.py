@@ -46,6 +46,7 @@ from mcp.types import (
     ToolAnnotations,
 )
 from pydantic import AnyUrl
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -239,10 +240,14 @@ class McpServer(ServerProcess):
 
     module = "tests.support.mcp_server"
 
-    def __init__(self, port: int = 0, host: str = "127.0.0.1", *, sse: bool = False) -> None:
+    def __init__(
+        self, port: int = 0, host: str = "127.0.0.1", *, sse: bool = False, keeps_sessions: bool = False
+    ) -> None:
+        """`keeps_sessions`: clients cannot end them (405 for DELETE), as with many servers."""
         descriptor, name = tempfile.mkstemp(prefix="caravan-mcp-calls-", suffix=".jsonl")
         os.close(descriptor)
-        super().__init__(port, host, ["--calls", name, *(["--sse"] if sse else [])])
+        chosen = {"--sse": sse, "--keep-sessions": keeps_sessions}
+        super().__init__(port, host, ["--calls", name, *(option for option, given in chosen.items() if given)])
         self._calls_file = Path(name)
         weakref.finalize(self, self._calls_file.unlink, missing_ok=True)
 
@@ -277,18 +282,28 @@ class McpServer(ServerProcess):
                 append_line(self._calls_file, {"id": call["id"], "ended": "killed"})
 
 
+class KeepSessions(BaseHTTPMiddleware):
+    """Lets no client end its session."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return Response(status_code=405) if request.method == "DELETE" else await call_next(request)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="An MCP server with a few tools.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
     parser.add_argument("--calls", type=Path, default=os.devnull, help="the file of JSON lines that records calls")
     parser.add_argument("--sse", action="store_true", help="the older transport, in place of streamable HTTP")
+    parser.add_argument("--keep-sessions", action="store_true", help="answer DELETE with 405")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
     server = build(arguments.host, arguments.calls)
     app, path = (server.sse_app(), "sse") if arguments.sse else (server.streamable_http_app(), "mcp")
+    if arguments.keep_sessions:
+        app.add_middleware(KeepSessions)
     listener = socket.create_server((arguments.host, arguments.port), backlog=1024)
     print(f"ready http://{arguments.host}:{listener.getsockname()[1]}/{path}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -17,9 +17,9 @@ from tests.support import wait_until
 from tests.support.mcp_server import PICTURE, McpServer
 
 
-@pytest.fixture(scope="module", params=["streamable HTTP", "SSE"])
+@pytest.fixture(scope="module", params=["streamable HTTP", "keeps sessions", "SSE"])
 def running(request: pytest.FixtureRequest) -> Iterator[McpServer]:
-    with McpServer(sse=request.param == "SSE") as mcp:
+    with McpServer(sse=request.param == "SSE", keeps_sessions=request.param == "keeps sessions") as mcp:
         yield mcp
 
 
