@@ -18,7 +18,7 @@ import httpx
 from llama_stack.apis.common.content_types import ImageContentItem, TextContentItem
 from llama_stack.apis.tools import ToolInvocationResult
 from llama_stack.providers.utils.inference.prompt_adapter import convert_image_content_to_url
-from mcp import ClientSession, types
+from mcp import ClientSession, McpError, types
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
 
@@ -29,6 +29,8 @@ IDEMPOTENCY_KEY = "caravan/idempotencyKey"
 
 LIST_SECONDS = 30
 CONNECT_SECONDS = 30
+WATCH_SECONDS = 10
+"""Between two looks at a server that has not answered a call."""
 GOODBYE_SECONDS = 5
 """For telling a server that a call is cancelled and its session over; nobody waits for that longer than the next."""
 STOP_SECONDS = 0.3
@@ -67,11 +69,29 @@ async def _all_tools(session: ClientSession) -> list[types.Tool]:
 async def _call(session: ClientSession, name: str, arguments: dict[str, Any], key: str) -> types.CallToolResult:
     request_id = session._request_id  # that of the next request; no public name gives it
     try:
-        return await session.call_tool(name, arguments, meta={IDEMPOTENCY_KEY: key})
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(_watch(session))
+            result = await session.call_tool(name, arguments, meta={IDEMPOTENCY_KEY: key})
+            watching.cancel()
+        return result
     except asyncio.CancelledError:
         with suppress(Exception):
             await _tell_cancelled(session, request_id)
         raise
+
+
+async def _watch(session: ClientSession) -> None:
+    """Raises if the server is gone: `mcp` does not say when the stream that a result is to come on has ended.
+
+    A server that is busy may be late with its answer, and one that knows no ping says so.
+    """
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        try:
+            await session.send_ping()
+        except McpError as error:
+            if error.error.code != types.METHOD_NOT_FOUND:
+                raise
 
 
 async def _tell_cancelled(session: ClientSession, request_id: int) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from llama_stack.providers.utils.tools.mcp import invoke_mcp_tool
+from mcp import McpError
 
+from tasks.engine import mcp
 from tasks.engine.mcp import IDEMPOTENCY_KEY, STOP_SECONDS, call_tool, list_tools
 from tests.support import wait_until
 from tests.support.mcp_server import PICTURE, McpServer
@@ -19,8 +21,8 @@ from tests.support.mcp_server import PICTURE, McpServer
 
 @pytest.fixture(scope="module", params=["streamable HTTP", "keeps sessions", "SSE"])
 def running(request: pytest.FixtureRequest) -> Iterator[McpServer]:
-    with McpServer(sse=request.param == "SSE", keeps_sessions=request.param == "keeps sessions") as mcp:
-        yield mcp
+    with McpServer(sse=request.param == "SSE", keeps_sessions=request.param == "keeps sessions") as started:
+        yield started
 
 
 @pytest.fixture
@@ -80,6 +82,33 @@ async def test_a_cancelled_call_is_cancelled_in_the_server(server: McpServer) ->
     with pytest.raises(asyncio.CancelledError):
         await call
     await asyncio.to_thread(wait_until, lambda: server.calls()[0]["ended"] == "cancelled")
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_a_server_that_dies_in_a_call_is_an_error(
+    server: McpServer, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """Long before the tool's time is over, also if a new server is there that knows nothing of the call."""
+    monkeypatch.setattr(mcp, "WATCH_SECONDS", 0.2)
+    call = asyncio.create_task(call_tool(server.url, "order", {"key": "a", "hold": "gate"}, "key"))
+    await asyncio.to_thread(server.wait_held, "gate")
+    server.kill()
+    try:
+        if comes_back:
+            server.start()
+        async with asyncio.timeout(10):
+            with pytest.raises((ConnectionError, McpError)):
+                await call
+    finally:
+        if not comes_back:
+            server.start()
+
+
+async def test_a_slow_call_is_not_given_up(server: McpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the server is asked whether it is there."""
+    monkeypatch.setattr(mcp, "WATCH_SECONDS", 0.05)
+    result = await call_tool(server.url, "slow", {"seconds": 0.5, "text": "late"}, "key")
+    assert [item.text for item in result.content] == ["late"]
 
 
 async def test_a_server_that_hangs_does_not_hold_up_a_cancellation(server: McpServer) -> None:
