@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 
 from app.local.valkey import Valkey
 from app.settings import sqlalchemy_url
-from tests.acceptance.conftest import web_process
+from tests.conftest import free_port
 from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import PREFORK, TURN_POOL, Process, wait_for_children
@@ -37,11 +37,13 @@ class System:
     def __init__(self, pool: tuple[str, ...], env: dict[str, str], logs: Path) -> None:
         self.env = env
         self._prefork = pool == PREFORK
-        url, self._web = web_process(env, logs / "web.log")
+        port = free_port()
+        web = ["uvicorn", "app:main", "--port", str(port)]
+        self._web = Process("web", web, env, logs / "web.log", "Uvicorn running on")
         custom = {"CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TurnPool"} if "custom" in pool else {}
         command = ["celery", "-A", "tasks", "worker", *pool, "-l", "info"]
         self.worker = Process("worker", command, env | custom, logs / "worker.log", "ready.")
-        self.http = httpx.Client(base_url=url, timeout=60)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         self._posting = ThreadPoolExecutor(8)
 
     def start(self, mcp: McpServer) -> None:
