@@ -258,11 +258,11 @@ def test_calls_of_one_turn_have_different_keys(system: System, mcp: McpServer, m
 
 
 def test_cancelling_a_turn_stops_its_call(system: System, mcp: McpServer, model: ScriptedModel, gate: str) -> None:
-    """The server is told within a second, and knows the call as cancelled."""
+    """The server is told, and knows the call as cancelled."""
     turn = system.post(f'CALL order {{"key": "{gate}", "hold": "{gate}"}} | SAY done')
     mcp.wait_held(gate)
     turn.cancel()
-    wait_until(lambda: mcp.calls()[0]["ended"] == "cancelled", timeout=5)
+    wait_until(lambda: mcp.calls()[0]["ended"] == "cancelled")
     assert turn.status() == "cancelled"
 
 
