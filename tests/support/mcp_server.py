@@ -9,10 +9,10 @@
     picture()               a text and an image, `PICTURE`
     attachment()            a text and an embedded resource
     look(key, hold)         how often this key has been counted; annotated readOnlyHint
-    put(key, hold)          counts a side effect under the key, and gives the key back; annotated idempotentHint
-    order(key, hold)        the same without annotations
+    put(key, hold, seconds) counts a side effect under the key, and gives the key back; annotated idempotentHint
+    order(key, hold, seconds)  the same without annotations
 
-The last three wait, after they have counted, until the hold of that name is released; without a name they do not wait.
+The last three wait, after they have counted, so many seconds and until the hold of that name is released.
 
 Calls are recorded in a file of JSON lines: one line when a call begins, one with the same `id` when it ends.
 
@@ -182,7 +182,8 @@ def _add_tools(server: RecordingMCP) -> None:
 
 
 def _add_annotated_tools(server: RecordingMCP) -> None:
-    async def wait(hold: str) -> None:
+    async def wait(hold: str, seconds: float = 0) -> None:
+        await asyncio.sleep(seconds)
         if hold:
             await server.holds[hold].wait()
 
@@ -193,17 +194,17 @@ def _add_annotated_tools(server: RecordingMCP) -> None:
         return server.counts[key]
 
     @server.tool(annotations=ToolAnnotations(idempotentHint=True))
-    async def put(key: str, hold: str = "") -> str:
+    async def put(key: str, hold: str = "", seconds: float = 0) -> str:
         """Counts a side effect under the key."""
         server.counts[key] += 1
-        await wait(hold)
+        await wait(hold, seconds)
         return key
 
     @server.tool()
-    async def order(key: str, hold: str = "") -> str:
+    async def order(key: str, hold: str = "", seconds: float = 0) -> str:
         """Counts a side effect under the key."""
         server.counts[key] += 1
-        await wait(hold)
+        await wait(hold, seconds)
         return key
 
 
