@@ -1,0 +1,85 @@
+"""Redis is flushed, killed, hung or cut off in mid-turn: no turn is lost, and no event while the worker lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+
+import pytest
+
+from app.local.valkey import Valkey
+from tests.acceptance.fire.system import System, check_turn, requests_of
+from tests.support import wait_until
+from tests.support.scripted_model import ScriptedModel
+
+STREAMING = "CHUNKS 150 20"
+
+
+def time_to_first_event(system: System) -> float:
+    """Seconds from now to the first event of a turn that is posted now."""
+    posted = time.monotonic()
+    stream = system.session().post("SAY again")
+    stream.wait_for(1)
+    stream.ended()
+    return stream.heard[0].at - posted
+
+
+def test_a_flushed_redis_loses_no_event(system: System, fire_valkey: Valkey, model: ScriptedModel) -> None:
+    """Three flushes while chunks stream: the open stream has every chunk, once, and equals the replay."""
+    session = system.session()
+    stream = session.accepted(STREAMING)
+    for heard in (20, 60, 100):
+        stream.wait_for(heard)
+        fire_valkey.flush()
+    turn = check_turn(session, stream)
+    assert turn["output_message"]["content"] == "".join(f"w{number} " for number in range(150))
+    assert stream.fences == [1]
+    assert len(requests_of(model, STREAMING)) == 1
+
+
+def test_a_redis_restarted_empty_loses_nothing(system: System, fire_valkey: Valkey, model: ScriptedModel) -> None:
+    """Three outages in a row: the running turn streams on, and workers consume again by themselves (celery#10205)."""
+    for outage in range(3):
+        session, gate = system.session(), uuid.uuid4().hex
+        script = f"PARTS 20 20 | HOLD {gate} | CHUNKS 50 20"
+        stream = session.accepted(script)
+        stream.wait_for(10)
+        fire_valkey.kill()
+        queued = system.session().accepted("SAY queued in the outage")
+        model.wait_held(gate)
+        fire_valkey.start()
+        print(f"outage {outage}: the next turn's first event after {time_to_first_event(system):.2f} s")
+        model.release(gate)
+        check_turn(session, stream)
+        assert stream.fences == [1]
+        assert len(requests_of(model, script)) == 1
+        assert queued.ended()[-1].kind == "turn_complete"
+
+
+def test_a_redis_that_hangs_loses_nothing(system: System, fire_valkey: Valkey, model: ScriptedModel) -> None:
+    """10 s without an answer, connections open all the while: turns go on, those posted meanwhile run."""
+    session, gate = system.session(), uuid.uuid4().hex
+    stream = session.accepted(f"PARTS 20 20 | HOLD {gate} | CHUNKS 50 20")
+    stream.wait_for(10)
+    assert fire_valkey.pid
+    os.kill(fire_valkey.pid, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    queued = system.session().accepted("SAY queued in the outage")
+    model.wait_held(gate)
+    model.release(gate)
+    wait_until(lambda: time.monotonic() > stopped_at + 10, 15)
+    os.kill(fire_valkey.pid, signal.SIGCONT)
+    print(f"hang: the next turn's first event after {time_to_first_event(system):.2f} s")
+    assert check_turn(session, stream)["output_message"]["content"].endswith("w49 ")
+    assert stream.fences == [1]
+    assert queued.ended()[-1].kind == "turn_complete"
+
+
+def test_broker_connections_that_are_cut_are_made_again(system: System, fire_valkey: Valkey) -> None:
+    """CLIENT KILL of every connection, several times over."""
+    for cut in range(3):
+        fire_valkey.ask("CLIENT KILL TYPE normal")
+        fire_valkey.ask("CLIENT KILL TYPE pubsub")
+        print(f"cut {cut}: the next turn's first event after {time_to_first_event(system):.2f} s")
