@@ -14,7 +14,7 @@ from sqlalchemy.engine import make_url
 from app.local.valkey import Valkey
 from tests.acceptance.conftest import Agent
 from tests.acceptance.test_processes import WEB, outcome
-from tests.support.nodes import TURN_POOL, worker_node
+from tests.support.nodes import TURN_POOL, web_process, worker_node
 from tests.support.tls import TlsFront, make_certificate
 
 

@@ -7,11 +7,10 @@ import signal
 import time
 import uuid
 
-import pytest
-
 from app.local.valkey import Valkey
 from tests.acceptance.fire.system import System, check_turn, requests_of
 from tests.support import wait_until
+from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
 STREAMING = "CHUNKS 150 20"
@@ -83,3 +82,37 @@ def test_broker_connections_that_are_cut_are_made_again(system: System, fire_val
         fire_valkey.ask("CLIENT KILL TYPE normal")
         fire_valkey.ask("CLIENT KILL TYPE pubsub")
         print(f"cut {cut}: the next turn's first event after {time_to_first_event(system):.2f} s")
+
+
+def test_a_worker_and_redis_lost_at_once_cost_deltas(
+    system: System, fire_valkey: Valkey, model: ScriptedModel, mcp: McpServer
+) -> None:
+    """While Redis stays down, workers with room take the turn of the killed one, and one that is posted, without a
+    message, and streams go on from Postgres. Replay lacks the deltas of the step that was under way, and nothing else;
+    the numbers of events leap."""
+    session, gate, key = system.session(toolgroups=[system.toolgroup(mcp)]), uuid.uuid4().hex, uuid.uuid4().hex
+    script = f'CALL count {{"key": "{key}"}} | PARTS 5 | HOLD {gate} | SAY done'
+    system.stop_consuming("b")
+    stream = session.accepted(script)
+    model.wait_held(gate)
+    wait_until(lambda: b'"w4 "' in stream.heard[-1].block)
+    fire_valkey.kill()
+    killed_at = time.monotonic()
+    system.workers["a"].kill_all()
+    recorded = max(place for place, kind in enumerate(stream.kinds) if kind == "step_complete")
+    under_way = stream.heard[recorded + 1 :]
+    posted = system.session().accepted("SAY posted")
+    model.release(gate)
+    try:
+        ended = [each.ended()[-1] for each in (stream, posted)]
+        print(f"without Redis: the turns ended after {[round(each.at - killed_at, 2) for each in ended]} s")
+    finally:
+        fire_valkey.start()
+    assert [each.kind for each in ended] == ["turn_complete"] * 2
+    turn = check_turn(session, stream, lost_from_replay=under_way)
+    assert turn["output_message"]["content"] == "w0 w1 w2 w3 w4 done "
+    assert stream.fences == [1, 3]
+    assert stream.heard[-1].id.n > 1_000_000
+    assert mcp.counts() == {key: 1}
+    assert len(requests_of(model, script)) == 3
+    system.consume("b")
