@@ -1,4 +1,4 @@
-"""Two web processes and the workers that a test asks for, on a database and a Valkey of their own.
+"""Two web processes and two workers on a database and a Valkey of their own.
 
 The web processes live as long as the session; workers as long as the tests of one pool, unless a test kills them.
 """
@@ -13,6 +13,7 @@ from app.local.valkey import Valkey
 from tests.acceptance.fire.system import System
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import TURN_POOL
+from tests.support.proxy import TcpProxy
 
 POOLS = {"turn-pool": TURN_POOL, "prefork": ("-c", "3")}
 
@@ -25,14 +26,23 @@ def fire_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 
 
 @pytest.fixture(scope="session")
+def events_proxy(fire_valkey: Valkey) -> Iterator[TcpProxy]:
+    """Between worker `a` and Redis, as far as events go; its doorbells come directly."""
+    with TcpProxy("127.0.0.1", fire_valkey.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
 def web_system(
     environment: dict[str, str],
     migrated_database: Callable[[str], str],
     fire_valkey: Valkey,
+    events_proxy: TcpProxy,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[System]:
     env = {**environment, "DATABASE_URL": migrated_database("caravan_fire"), "REDIS_URL": fire_valkey.url}
-    system = System(env, tmp_path_factory.mktemp("fire"))
+    proxied = {"REDIS_URL": f"redis://127.0.0.1:{events_proxy.port}/0", "CELERY_BROKER_URL": fire_valkey.url}
+    system = System(env, tmp_path_factory.mktemp("fire"), {"a": proxied})
     try:
         system.start_webs(2)
         yield system
@@ -40,13 +50,13 @@ def web_system(
         system.stop()
 
 
-@pytest.fixture(scope="module", params=list(POOLS))
+@pytest.fixture(scope="session", params=list(POOLS))
 def pool(request: pytest.FixtureRequest) -> str:
     """Tests that ask for the system run with both pools, unless they name one."""
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pool_system(web_system: System, pool: str) -> Iterator[System]:
     web_system.pool = POOLS[pool]
     yield web_system

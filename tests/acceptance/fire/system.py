@@ -148,10 +148,11 @@ class Session:
 
 @dataclass
 class System:
-    """Web processes and workers on a database and a Valkey of their own. `workers`: by name."""
+    """Web processes and workers, these by name, with the settings `env`; a worker may have others of its own."""
 
     env: Mapping[str, str]
     logs: Path
+    env_of_worker: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     pool: Sequence[str] = ()
     urls: list[str] = field(default_factory=list)
     webs: list[Process] = field(default_factory=list)
@@ -169,12 +170,13 @@ class System:
         for web in self.webs:
             web.wait_ready()
 
-    def start_workers(self, *names: str, **env: str) -> None:
+    def start_workers(self, *names: str) -> None:
         """Starts those that do not run, and returns when all are ready."""
         for name in names:
             if name not in self.workers or not self.workers[name].running():
                 log = self.logs / f"{self.pool[0].strip('-')}-{name}.log"
-                self.workers[name] = worker_process(self.pool, {**self.env, **env}, log, name=name)
+                env = {**self.env, **self.env_of_worker.get(name, {})}
+                self.workers[name] = worker_process(self.pool, env, log, name=name)
                 self.workers[name].start()
         for name in names:
             self.workers[name].wait_ready()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 
+import pytest
 import redis
 
 from tests.acceptance.fire.system import System, check_turn, requests_of
@@ -50,3 +52,29 @@ def test_messages_may_be_lost_doubled_late_and_out_of_order(system: System, mode
     assert [stream.fences for stream in (*streams, second)] == [[1]] * (TURNS + 1)
     assert [len(requests_of(model, script)) for script in scripts] == [1] * TURNS
     assert [system.records(stream.turn_id) for stream in streams] == records
+
+
+@pytest.mark.parametrize("pool", ["turn-pool"], indirect=True)
+def test_a_worker_rung_twice_for_a_turn_hands_it_over(system: System, model: ScriptedModel) -> None:
+    """A second message that reaches the very worker that runs the turn does not make it forget the turn when it is
+    asked to stop."""
+    queue = redis.Redis.from_url(system.env["REDIS_URL"])
+    for worker in system.workers:
+        system.stop_consuming(worker)
+    session, gate = system.session(), uuid.uuid4().hex
+    stream = session.accepted(f"PART a | HOLD {gate} | SAY b")
+    wait_until(lambda: queue.llen("caravan.turns"))
+    message = queue.lrange("caravan.turns", 0, -1)[0]
+    system.consume("a")
+    model.wait_held(gate)
+    queue.lpush("caravan.turns", message)
+    wait_until(lambda: "not claimable" in system.workers["a"].output())
+    system.consume("b")
+    system.workers["a"].signal(signal.SIGTERM)
+    stream.wait_attempt(2)
+    assert (
+        system.rows("SELECT failures FROM turns WHERE turn_id = :turn_id", turn_id=stream.turn_id)[0]["failures"] == 0
+    )
+    model.release(gate)
+    assert check_turn(session, stream)["output_message"]["content"] == "a b "
+    assert system.workers["a"].wait_ended() == 0

@@ -21,6 +21,7 @@ from tests.acceptance.fire.system import (
 )
 from tests.support import wait_until
 from tests.support.mcp_server import McpServer
+from tests.support.proxy import TcpProxy
 from tests.support.scripted_model import ScriptedModel
 
 CLIENT_TOOL = {"name": "ask", "description": "Asks the client", "input_schema": {"type": "object", "properties": {}}}
@@ -88,6 +89,39 @@ def test_a_killed_worker_costs_a_step(system: System, kill: Kill, model: Scripte
     check_history(behind, scripts["mid-chunk"], turns["mid-chunk"]["output_message"]["content"])
     check_abandoned(streams["after tool"])
     check_awaiting(asking, asked["turn_id"], asked["output_message"]["tool_calls"][0]["call_id"])
+
+
+def test_a_step_recorded_and_not_published_is_not_lost(
+    system: System, model: ScriptedModel, mcp: McpServer, events_proxy: TcpProxy
+) -> None:
+    """The worker dies when two steps are committed and Redis has heard of none: readers get them from Postgres, and
+    the next attempt goes on after them."""
+    system.stop_consuming("b")
+    key, first, second = (uuid.uuid4().hex for _ in range(3))
+    script = f'HOLD {first} | CALL count {{"key": "{key}"}} | PART words | HOLD {second} | SAY done'
+    session = system.session(toolgroups=[system.toolgroup(mcp)])
+    stream = session.accepted(script)
+    model.wait_held(first)
+    stream.wait_for(1)
+    events_proxy.stall()
+    model.release(first)
+    steps = "SELECT * FROM journal WHERE turn_id = :turn_id"
+    wait_until(lambda: len(system.rows(steps, turn_id=stream.turn_id)) == 2)
+    model.wait_held(second)
+    assert "step_complete" not in stream.kinds
+
+    kill_worker(system, [session.owner(stream.turn_id)])
+    killed_at = time.monotonic()
+    events_proxy.cut()
+    events_proxy.flow()
+    system.consume("b")
+    print(f"recorded, not published: the next attempt after {stream.wait_attempt(2) - killed_at:.2f} s")
+    model.release(second)
+    turn = check_turn(session, stream)
+    assert [step["step_type"] for step in turn["steps"]] == ["inference", "tool_execution", "inference"]
+    assert turn["output_message"]["content"] == "words done "
+    assert len(requests_of(model, script)) == 3
+    assert mcp.counts() == {key: 1}
 
 
 def check_history(behind: Stream, script: str, said: str) -> None:
