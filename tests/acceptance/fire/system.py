@@ -29,7 +29,8 @@ from tests.support.scripted_model import ScriptedModel
 
 SHORT_RECOVERY_SECONDS = 15.0
 """What tests assert; with short settings it is promised within 5 s on a quiet machine."""
-STREAM_SECONDS = 60.0
+PATIENCE_SECONDS = 60.0
+"""For what takes no time on a quiet machine."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         try:
-            with httpx.stream(**self._request, timeout=STREAM_SECONDS) as answer:
+            with httpx.stream(**self._request, timeout=PATIENCE_SECONDS) as answer:
                 answer.raise_for_status()
                 self.turn_id = answer.headers.get("x-turn-id", "")
                 self._read(answer)
@@ -79,7 +80,7 @@ class Stream(threading.Thread):
                 identifier = block.partition(b"\n")[0].removeprefix(b"id: ").decode()
                 self.heard.append(Heard(time.monotonic(), EventId.parse(identifier), block))
 
-    def wait_for(self, count: int, timeout: float = STREAM_SECONDS) -> None:
+    def wait_for(self, count: int, timeout: float = PATIENCE_SECONDS) -> None:
         """Until so many events were heard."""
         wait_until(lambda: len(self.heard) >= count or not self.is_alive(), timeout)
         assert len(self.heard) >= count, (self.problem, self.kinds)
@@ -89,7 +90,7 @@ class Stream(threading.Thread):
         wait_until(lambda: any(each.id.fence >= fence for each in list(self.heard)), timeout)
         return next(each.at for each in self.heard if each.id.fence >= fence)
 
-    def ended(self, timeout: float = STREAM_SECONDS) -> list[Heard]:
+    def ended(self, timeout: float = PATIENCE_SECONDS) -> list[Heard]:
         """All events, once the stream has ended, orderly."""
         self.join(timeout)
         assert not self.is_alive(), f"the stream has not ended: {self.kinds}"
@@ -121,7 +122,7 @@ class Session:
     def accepted(self, script: str, **more: Any) -> Stream:
         """As `post`, once the turn's id is known."""
         stream = self.post(script, **more)
-        wait_until(lambda: stream.turn_id or not stream.is_alive())
+        wait_until(lambda: stream.turn_id or not stream.is_alive(), PATIENCE_SECONDS)
         assert stream.turn_id, stream.problem
         return stream
 
@@ -231,7 +232,7 @@ class System:
                 ask = getattr(celery.control, command)
                 return ask(QUEUE, destination=destination, reply=True, timeout=1, connection=connection)
 
-        wait_until(answered, 30)
+        wait_until(answered, PATIENCE_SECONDS)
 
     def rows(self, query: str, **values: Any) -> list[dict[str, Any]]:
         with self.engine.connect() as connection:

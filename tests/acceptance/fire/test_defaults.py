@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from app.local.valkey import Valkey
-from tests.acceptance.fire.system import System, check_stream, check_turn
+from tests.acceptance.fire.system import (
+    PATIENCE_SECONDS,
+    System,
+    check_stream,
+    check_turn,
+)
 from tests.support.nodes import TURN_POOL
 from tests.support.scripted_model import ScriptedModel
 
@@ -40,13 +45,14 @@ def default_system(
 
 
 def test_recovery_in_15_s_and_an_end_without_workers(default_system: System, model: ScriptedModel) -> None:
-    """A worker is killed: the next attempt's first event comes within 15 s. Then all are: a turn that is posted waits as
-    long as it may, and the web process alone ends it, and its stream, with an error that says why (deer-flow#3932)."""
+    """A worker is killed: the next attempt's first event comes within 15 s. Then all are: a turn that is posted waits
+    as long as it may, then the web process alone ends it, and its stream, with an error that says why
+    (deer-flow#3932)."""
     system = default_system
     system.stop_consuming("d")
     session, gate = system.session(), uuid.uuid4().hex
     stream = session.accepted(f"PARTS 5 | HOLD {gate} | SAY done")
-    model.wait_held(gate)
+    model.wait_held(gate, timeout=PATIENCE_SECONDS)
     system.workers["c"].kill_all()
     killed_at = time.monotonic()
     system.consume("d")

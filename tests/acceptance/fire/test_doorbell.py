@@ -8,7 +8,12 @@ import uuid
 import pytest
 import redis
 
-from tests.acceptance.fire.system import System, check_turn, requests_of
+from tests.acceptance.fire.system import (
+    PATIENCE_SECONDS,
+    System,
+    check_turn,
+    requests_of,
+)
 from tests.support import wait_until
 from tests.support.scripted_model import ScriptedModel
 
@@ -27,7 +32,7 @@ def test_messages_may_be_lost_doubled_late_and_out_of_order(system: System, mode
     sessions = [system.session(number % 2) for number in range(TURNS)]
     streams = [session.accepted(script) for session, script in zip(sessions, scripts, strict=True)]
     second = sessions[0].accepted("SAY second")
-    wait_until(lambda: queue.llen("caravan.turns") >= TURNS + 1)
+    wait_until(lambda: queue.llen("caravan.turns") >= TURNS + 1, PATIENCE_SECONDS)
     messages = queue.lrange("caravan.turns", 0, -1)
     lost = next(message for message in messages if streams[-1].turn_id.encode() in message)
     kept = [message for message in reversed(messages) if message != lost]
@@ -37,15 +42,15 @@ def test_messages_may_be_lost_doubled_late_and_out_of_order(system: System, mode
     for worker in system.workers:
         system.consume(worker)
     # Two workers of three children have room for one more; the turn whose message is lost is rung again after 4 s.
-    model.wait_held(name, TURNS, timeout=30)
+    model.wait_held(name, TURNS, timeout=PATIENCE_SECONDS)
     queue.lpush("caravan.turns", *messages)
-    wait_until(lambda: not queue.llen("caravan.turns"), 20)
+    wait_until(lambda: not queue.llen("caravan.turns"), PATIENCE_SECONDS)
     model.release(name)
     turns = [check_turn(session, stream) for session, stream in zip(sessions, streams, strict=True)]
     records = [system.records(stream.turn_id) for stream in streams]
     queue.lpush("caravan.turns", *messages)
     assert check_turn(sessions[0], second)["output_message"]["content"] == "second "
-    wait_until(lambda: not queue.llen("caravan.turns"), 20)
+    wait_until(lambda: not queue.llen("caravan.turns"), PATIENCE_SECONDS)
     assert system.session().post("SAY last").ended()[-1].kind == "turn_complete"
 
     assert [turn["output_message"]["content"] for turn in turns] == [f"{number} {number} " for number in range(TURNS)]
@@ -63,12 +68,12 @@ def test_a_worker_rung_twice_for_a_turn_hands_it_over(system: System, model: Scr
         system.stop_consuming(worker)
     session, gate = system.session(), uuid.uuid4().hex
     stream = session.accepted(f"PART a | HOLD {gate} | SAY b")
-    wait_until(lambda: queue.llen("caravan.turns"))
+    wait_until(lambda: queue.llen("caravan.turns"), PATIENCE_SECONDS)
     message = queue.lrange("caravan.turns", 0, -1)[0]
     system.consume("a")
-    model.wait_held(gate)
+    model.wait_held(gate, timeout=PATIENCE_SECONDS)
     queue.lpush("caravan.turns", message)
-    wait_until(lambda: "not claimable" in system.workers["a"].output())
+    wait_until(lambda: "not claimable" in system.workers["a"].output(), PATIENCE_SECONDS)
     system.consume("b")
     system.workers["a"].signal(signal.SIGTERM)
     stream.wait_attempt(2)

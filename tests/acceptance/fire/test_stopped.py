@@ -9,7 +9,16 @@ from typing import Any
 
 import httpx
 
-from tests.acceptance.fire.system import Session, System, blocks, check_stream, check_turn, requests_of, signal_group
+from tests.acceptance.fire.system import (
+    PATIENCE_SECONDS,
+    Session,
+    System,
+    blocks,
+    check_stream,
+    check_turn,
+    requests_of,
+    signal_group,
+)
 from tests.support import wait_until
 from tests.support.scripted_model import ScriptedModel
 
@@ -23,7 +32,7 @@ def test_a_stopped_worker_that_goes_on_changes_nothing(system: System, model: Sc
     scripts = {name: f"PARTS 5 | HOLD {gate} | SAY {name}" for name in ("taken", "overdue", "deleted")}
     sessions = {name: system.session(number % 2) for number, name in enumerate(scripts)}
     streams = {name: sessions[name].accepted(script) for name, script in scripts.items()}
-    model.wait_held(gate, 3)
+    model.wait_held(gate, 3, timeout=PATIENCE_SECONDS)
     for stream in streams.values():
         stream.wait_for(6)
     worker = system.workers["a"]
@@ -45,9 +54,9 @@ def test_a_stopped_worker_that_goes_on_changes_nothing(system: System, model: Sc
 
     system.stop_consuming("b")
     signal_group(worker, signal.SIGCONT)
-    wait_until(lambda: worker.output().count("drops its turns and registers anew") >= len(processes), 30)
+    wait_until(lambda: worker.output().count("drops its turns and registers anew") >= len(processes), PATIENCE_SECONDS)
     for turn_id in [stream.turn_id for stream in streams.values()]:
-        wait_until(lambda lost=f"{turn_id}] attempt 1: lost": lost in worker.output(), 30)  # type: ignore[misc]
+        wait_until(lambda lost=f"{turn_id}] attempt 1: lost": lost in worker.output(), PATIENCE_SECONDS)  # type: ignore[misc]
     again = system.session()
     stream = again.post("SAY again")
     stream.ended()
