@@ -62,19 +62,18 @@ def check_survival(system: System, kill: Kill, model: ScriptedModel, mcp: McpSer
     key, gate = uuid.uuid4().hex, uuid.uuid4().hex
     group = system.toolgroup(mcp)
     scripts = {
-        "mid-chunk": f"PART {key} chunk | PARTS 40 20 | HOLD {gate} | SAY done",
         "after tool": f'CALL count {{"key": "{key}"}} | PART some words | HOLD {gate} | SAY done',
-        "mid-tool": f'CALL slow {{"seconds": 6, "text": "{key}"}} | SAY {key} done',
+        "mid-tool": f'CALL slow {{"seconds": 60, "text": "{key}"}} | SAY {key} done',
+        "mid-chunk": f"PART {key} chunk | CHUNKS 150 20",
     }
     sessions = {name: system.session(number % 2, toolgroups=[group]) for number, name in enumerate(scripts)}
     asking = system.session(client_tools=[CLIENT_TOOL])
     asked = asking.post("CALL ask {}").ended()[-1].payload["turn"]
-    streams = {name: sessions[name].accepted(script) for name, script in scripts.items()}
+    streams = {name: sessions[name].accepted(scripts[name]) for name in ("after tool", "mid-tool")}
+    model.wait_held(gate, timeout=PATIENCE_SECONDS)
+    wait_until(lambda: len(mcp.calls()) == 2, PATIENCE_SECONDS)
+    streams["mid-chunk"] = sessions["mid-chunk"].accepted(scripts["mid-chunk"])
     behind = sessions["mid-chunk"].accepted("HISTORY")
-    model.wait_held(gate, 2, timeout=PATIENCE_SECONDS)
-    wait_until(
-        lambda: [call["tool"] for call in mcp.calls()] == ["count", "slow"] or len(mcp.calls()) == 2, PATIENCE_SECONDS
-    )
     streams["mid-chunk"].wait_for(10)
     owners = [sessions[name].owner(stream.turn_id) for name, stream in streams.items()]
 
@@ -83,11 +82,11 @@ def check_survival(system: System, kill: Kill, model: ScriptedModel, mcp: McpSer
     system.consume("b")
     for name, stream in streams.items():
         print(f"{name}: the next attempt's first event after {stream.wait_attempt(2) - killed_at:.2f} s")
-    model.wait_held(gate, 2, timeout=PATIENCE_SECONDS)
+    model.wait_held(gate, timeout=PATIENCE_SECONDS)
     model.release(gate)
 
     turns = {name: check_turn(sessions[name], stream) for name, stream in streams.items()}
-    assert [len(requests_of(model, script)) for script in scripts.values()] == [2, 3, 2]
+    assert [len(requests_of(model, script)) for script in scripts.values()] == [3, 2, 2]
     assert sorted(call["tool"] for call in mcp.calls()) == ["count", "slow"]
     assert turns["mid-chunk"]["output_message"]["content"].startswith(f"{key} chunk w0 w1 ")
     assert [step["step_type"] for step in turns["after tool"]["steps"]] == ["inference", "tool_execution", "inference"]
