@@ -126,9 +126,9 @@ def test_a_suspected_turn_waits_before_its_next_try(seeds: Seeds) -> None:
     left = seeds.scalar("SELECT extract(epoch FROM claimable_at - now()) FROM turns WHERE turn_id = :id", id=turn_id)
     assert 0 < left <= 3
     assert seeds.claim(turn_id) is None
-    assert turn_id not in seeds.store.transact(workers.to_ring)
+    assert turn_id not in seeds.store.transact(workers.to_ring, backing_off=True)
     seeds.suspect_no_longer(turn_id)
-    assert turn_id in seeds.store.transact(workers.to_ring)
+    assert turn_id in seeds.store.transact(workers.to_ring, backing_off=True)
     assert seeds.claim(turn_id) is not None
 
 
