@@ -67,6 +67,8 @@ def pool_system(web_system: System, pool: str) -> Iterator[System]:
 def system(pool_system: System, fire_valkey: Valkey, model: object) -> System:
     """The system with two workers, `a` and `b`, that are up and both consume."""
     pool_system.start_workers("a", "b")
+    for name in ("a", "b"):
+        pool_system.consume(name)
     return pool_system
 
 

@@ -129,4 +129,3 @@ def test_a_worker_and_redis_lost_at_once_cost_deltas(
     assert stream.heard[-1].id.n > 1_000_000
     assert mcp.counts() == {key: 1}
     assert len(requests_of(model, script)) == 3
-    system.consume("b")

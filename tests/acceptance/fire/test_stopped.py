@@ -65,7 +65,6 @@ def test_a_stopped_worker_that_goes_on_changes_nothing(system: System, model: Sc
     assert replayed(sessions, streams) == replays
     assert turn["output_message"]["content"] == "w0 w1 w2 w3 w4 taken "
     assert [len(requests_of(model, script)) for script in scripts.values()] == [2, 1, 1]
-    system.consume("b")
 
 
 def check_ended(heard: list[Any], code: str) -> None:
