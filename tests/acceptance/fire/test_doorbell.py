@@ -37,7 +37,9 @@ def test_messages_may_be_lost_doubled_late_and_out_of_order(system: System, mode
     lost = next(message for message in messages if streams[-1].turn_id.encode() in message)
     kept = [message for message in reversed(messages) if message != lost]
     with queue.pipeline(transaction=True) as pipe:
-        pipe.delete("caravan.turns").lpush("caravan.turns", *(20 * kept)).execute()
+        pipe.delete("caravan.turns")
+        pipe.lpush("caravan.turns", *(20 * kept))
+        pipe.execute()
 
     for worker in system.workers:
         system.consume(worker)
