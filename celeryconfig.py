@@ -26,6 +26,7 @@ accept_content = ["json"]
 task_ignore_result = True
 task_store_errors_even_if_ignored = False
 task_acks_late = False
+worker_consumer = "tasks.consumer:Consumer"
 worker_prefetch_multiplier = 1
 worker_disable_prefetch = True
 worker_enable_prefetch_count_reduction = False

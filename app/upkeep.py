@@ -11,6 +11,7 @@ import logging
 import random
 import threading
 import time
+from typing import Protocol
 
 from app.domain.errors import Unavailable
 from app.endings import Endings
@@ -23,11 +24,22 @@ DELETED_GRACE_SECONDS = 30
 PURGE_BATCH = 100
 
 
-class Upkeep(threading.Thread):
-    """A daemon thread; `stop` ends it."""
+class Runner(Protocol):
+    """Runs turns in this process: a worker's."""
 
-    def __init__(self, settings: Settings, endings: Endings) -> None:
+    def room(self) -> int:
+        """How many more turns it has room for."""
+
+    def run_unrung(self, turn_id: str) -> None:
+        """Claims and runs a turn that no message came for."""
+
+
+class Upkeep(threading.Thread):
+    """A daemon thread; `stop` ends it. `runner`: in a worker, takes turns while the broker is down."""
+
+    def __init__(self, settings: Settings, endings: Endings, runner: Runner | None = None) -> None:
         super().__init__(name="upkeep", daemon=True)
+        self._runner = runner
         self._settings = settings
         self._endings = endings
         self._store = endings.store
@@ -59,11 +71,19 @@ class Upkeep(threading.Thread):
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
         self._store.transact(workers.forget_dead_workers)
         self._store.transact(admission.forget_keys, PURGE_BATCH)
-        due = self._store.transact(workers.to_ring)
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             self._distrust()
-        for turn_id in due:
-            self._endings.doorbell.ring(turn_id)
+        self._ring()
+
+    def _ring(self) -> None:
+        """Rings for claimable turns again. While nobody can, workers with room take them without a message."""
+        doorbell, waiting = self._endings.doorbell, self._endings.doorbell.waiting()
+        if waiting is not None:
+            for turn_id in self._store.transact(workers.to_ring, backing_off=waiting > 0):
+                doorbell.ring(turn_id)
+        elif self._runner and (room := self._runner.room()):
+            for turn_id in self._store.transact(workers.to_ring, backing_off=False, at_most=room):
+                self._runner.run_unrung(turn_id)
 
     def _end_overdue(self) -> None:
         wait, raise_fence = self._settings.max_queue_wait_seconds, self._endings.log.raise_fence

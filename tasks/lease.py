@@ -50,12 +50,12 @@ class Lease(threading.Thread):
         """Takes a new lease. Raises Unavailable."""
         worker_id, asked = str(uuid.uuid4()), time.monotonic()
         self._store.transact(workers.register, worker_id, self.name_of_process, self._settings.lease_seconds)
-        self.worker_id = worker_id
         self._valid_until = asked + self._settings.lease_seconds
+        self.worker_id = worker_id
 
-    def valid(self) -> bool:
-        """Whether nobody can have taken this worker for dead yet, by this process's own clock."""
-        return time.monotonic() < self._valid_until
+    def valid(self, worker_id: str) -> bool:
+        """Whether nobody can have taken this incarnation of the worker for dead yet, by this process's own clock."""
+        return worker_id == self.worker_id and time.monotonic() < self._valid_until
 
     def run(self) -> None:
         while not self._stopping.wait(self._settings.heartbeat_seconds):

@@ -30,7 +30,7 @@ class TurnPool(BasePool):
 
     def on_start(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=self.limit, thread_name_prefix="request")
-        runtime.start(get_settings())
+        runtime.start(get_settings(), lambda: self.limit)
 
     def on_stop(self) -> None:
         runtime.stop()

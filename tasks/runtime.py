@@ -9,6 +9,9 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -36,15 +39,16 @@ HAND_OVER_SECONDS = 8
 
 
 class Runtime:
-    """Start it in the process that runs turns, never before a fork."""
+    """Start it in the process that runs turns, never before a fork. `limit`: how many turns it may run at once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, limit: Callable[[], int]) -> None:
         self._settings = settings
+        self._limit = limit
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="turns", daemon=True)
         self._running: dict[str, Attempt] = {}
         self._waiting: dict[int, str] = {}
-        self._claiming: set[str] = set()
+        self._claiming: Counter[str] = Counter()  # a turn may be asked for twice at once
         self._owned_unknown: set[str] = set()
         self._stopping = False
         self._idle = asyncio.Event()
@@ -64,7 +68,7 @@ class Runtime:
         self._lease = Lease(self._settings, self._loop, on_renewed=self._renewed, on_lost=self._drop_all)
         self._lease.register()
         self._lease.start()
-        self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell))
+        self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell), self)
         self._upkeep.start()
         settle_memory()
         logger.info("worker process %s is ready", self._lease.name_of_process)
@@ -85,6 +89,15 @@ class Runtime:
             return asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop).result()
         finally:
             del self._waiting[thread]
+
+    def room(self) -> int:
+        """How many more turns this process may run now."""
+        return max(0, self._limit() - self._claiming.total())
+
+    def run_unrung(self, turn_id: str) -> None:
+        """Claims and runs a turn that no message came for, and does not wait for it."""
+        logger.info("turn %s is taken without a message: the broker is down (CELERY_BROKER_URL)", turn_id)
+        asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop)
 
     def cancel_waiting(self, thread: int) -> None:
         """Cancels the turn that a thread waits for, given its native id."""
@@ -138,12 +151,12 @@ class Runtime:
     async def _run(self, turn_id: str) -> str:
         if self._stopping:
             return "not claimable: this worker stops"
-        self._claiming.add(turn_id)
+        self._claiming[turn_id] += 1
         self._idle.clear()
         try:
             return await self._claim_and_run(turn_id)
         finally:
-            self._claiming.discard(turn_id)
+            self._claiming -= Counter([turn_id])  # drops what is at 0
             if not self._claiming:
                 self._idle.set()
 
@@ -156,7 +169,8 @@ class Runtime:
                 return "not claimable"
             logger.info("claimed, attempt %d", claim.fence)
             await self._keep_registry_current(claim.registry_version)
-            tools = Tools(self._settings, self._store, self._log, self._stack, self._lease.valid)
+            may_write = partial(self._lease.valid, claim.worker_id)
+            tools = Tools(self._settings, self._store, self._log, self._stack, may_write)
             try:
                 attempt = self._running[turn_id] = Attempt(tools, claim)
             except Exception:
@@ -201,7 +215,7 @@ class Runtime:
 
         Seen so at two renewals in a row, so that a turn that is just being claimed or has just ended is left alone.
         """
-        unknown = owned - self._running.keys() - self._claiming
+        unknown = owned - self._running.keys() - self._claiming.keys()
         for turn_id in unknown & self._owned_unknown:
             task = asyncio.create_task(self._disown(turn_id))
             self._disowning.add(task)
@@ -244,10 +258,10 @@ class Runtime:
 _current: Runtime | None = None
 
 
-def start(settings: Settings) -> None:
-    """Starts this process's runtime."""
+def start(settings: Settings, limit: Callable[[], int] = lambda: 1) -> None:
+    """Starts this process's runtime, which runs up to `limit()` turns at once."""
     global _current
-    runtime = Runtime(settings)
+    runtime = Runtime(settings, limit)
     runtime.start()
     _current = runtime
 

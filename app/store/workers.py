@@ -174,10 +174,13 @@ def overdue_failure() -> TurnFailure:
     return TurnFailure("turn_timeout", "The turn took longer than it may (TURN_TIMEOUT_SECONDS).")
 
 
-def to_ring(connection: Connection) -> list[str]:
-    """Claimable turns whose last doorbell is old enough: 4 s, then twice as long each time, at most a minute."""
+def to_ring(connection: Connection, *, backing_off: bool, at_most: int = BATCH) -> list[str]:
+    """Claimable turns whose last doorbell is old enough: 4 s, and if `backing_off`, twice as long each time, at most a
+    minute. Back off only while messages wait in the queue: if none does, all that were sent are lost, or were in vain.
+    """
     now = func.clock_timestamp()
-    wait = func.least(RING_FIRST_SECONDS * func.power(2, func.least(turns.c.rings - 1, 8)), RING_MOST_SECONDS)
+    factor = func.power(2, func.least(turns.c.rings - 1, 8)) if backing_off else 1
+    wait = func.least(RING_FIRST_SECONDS * factor, RING_MOST_SECONDS)
     due = (
         select(turns.c.turn_id)
         .where(
@@ -185,7 +188,7 @@ def to_ring(connection: Connection) -> list[str]:
             or_(turns.c.rung_at.is_(None), turns.c.rung_at < now - func.make_interval(0, 0, 0, 0, 0, 0, wait)),
         )
         .order_by(turns.c.queued_at)
-        .limit(BATCH)
+        .limit(min(at_most, BATCH))
         .with_for_update(skip_locked=True)
     )
     ring = update(turns).where(turns.c.turn_id.in_(due)).values(rung_at=now, rings=turns.c.rings + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,8 +12,7 @@ from celery import Celery
 from llama_stack_client import LlamaStackClient
 from pytest_celery import CeleryTestWorker
 
-from tests.conftest import free_port
-from tests.support.nodes import PREFORK, TURN_POOL, Process, worker_node
+from tests.support.nodes import PREFORK, TURN_POOL, Process, web_process, worker_node
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,6 @@ class Caravan:
     env: dict[str, str]
     web: Process
     worker: CeleryTestWorker
-
-
-def web_process(env: dict[str, str], log: Path) -> tuple[str, Process]:
-    port = free_port()
-    command = ["uvicorn", "app:main", "--port", str(port)]
-    return f"http://127.0.0.1:{port}", Process("web", command, env, log, "Application startup complete")
 
 
 @pytest.fixture(scope="session", params=["turn-pool", "prefork"])

@@ -14,9 +14,9 @@ from celery import Celery
 from llama_stack_client import LlamaStackClient
 
 from app.events.writer import SEGMENT_BYTES
-from tests.acceptance.conftest import Agent, Caravan, web_process
+from tests.acceptance.conftest import Agent, Caravan
 from tests.support import wait_until
-from tests.support.nodes import PREFORK, TURN_POOL, worker_node
+from tests.support.nodes import PREFORK, TURN_POOL, web_process, worker_node
 from tests.support.scripted_model import ScriptedModel
 
 LIMITS = {

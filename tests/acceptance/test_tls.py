@@ -12,9 +12,9 @@ from llama_stack_client import LlamaStackClient
 from sqlalchemy.engine import make_url
 
 from app.local.valkey import Valkey
-from tests.acceptance.conftest import Agent, web_process
+from tests.acceptance.conftest import Agent
 from tests.acceptance.test_processes import WEB, outcome
-from tests.support.nodes import TURN_POOL, worker_node
+from tests.support.nodes import TURN_POOL, web_process, worker_node
 from tests.support.tls import TlsFront, make_certificate
 
 

@@ -20,6 +20,7 @@ import psutil
 from celery import Celery
 from pytest_celery import CeleryTestContainer, CeleryTestWorker
 
+from app.local.server import free_port
 from tests.support import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -180,13 +181,25 @@ class ProcessContainer(CeleryTestContainer):
         self._process.stop()
 
 
+def web_process(env: Mapping[str, str], log: Path) -> tuple[str, Process]:
+    """(its URL, a web process on a port of its own), not started yet."""
+    port = free_port()
+    command = ["uvicorn", "app:main", "--port", str(port)]
+    return f"http://127.0.0.1:{port}", Process("web", command, env, log, "Application startup complete")
+
+
+def worker_process(pool: Sequence[str], env: Mapping[str, str], log: Path, *, name: str = "worker") -> Process:
+    """A worker with the given pool's options, not started yet."""
+    custom = {"CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TurnPool"} if "custom" in pool else {}
+    command = ["celery", "-A", "tasks", "worker", *pool, "-l", "info", "-n", f"{name}@%h"]
+    return Process(name, command, {**env, **custom}, log, "ready.")
+
+
 def worker_node(
     pool: Sequence[str], env: Mapping[str, str], log: Path, app: Celery, *, name: str = "worker"
 ) -> CeleryTestWorker:
     """A worker with the given pool's options, started; wait for it with `node.ready()`."""
-    custom = {"CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TurnPool"} if "custom" in pool else {}
-    command = ["celery", "-A", "tasks", "worker", *pool, "-l", "info", "-n", f"{name}@%h"]
-    process = Process(name, command, {**env, **custom}, log, "ready.")
+    process = worker_process(pool, env, log, name=name)
     process.start()
     return CeleryTestWorker(ProcessContainer(process, env["REDIS_URL"]), app)
 

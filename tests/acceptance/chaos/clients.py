@@ -178,4 +178,6 @@ class Client(threading.Thread):
         except httpx.TransportError:
             return
         if not record.leg_over:
-            record.problems.append(f"a stream ended in order behind {record.last_id or 'nothing'}: {json.dumps(str(answer.url))}")
+            record.problems.append(
+                f"a stream ended in order behind {record.last_id or 'nothing'}: {json.dumps(str(answer.url))}"
+            )

@@ -194,7 +194,12 @@ def _check_replay(replay: list[Heard], record: Record, report: Report, broken: o
 def _check_effects(turn: dict[str, object], record: Record, counts: dict[str, int], broken: object) -> int:
     """`order` has its effect once if its result is known, at most once if not; `put` at least once. How many unknown."""
     assert callable(broken)
-    responses = [str(response) for step in turn["steps"] if step["step_type"] == "tool_execution" for response in step["tool_responses"]]  # type: ignore[attr-defined,index]
+    responses = [
+        str(response)
+        for step in turn["steps"]
+        if step["step_type"] == "tool_execution"
+        for response in step["tool_responses"]
+    ]  # type: ignore[attr-defined,index]
     unknown = sum(UNKNOWN in response for response in responses)
     ordered = counts.get(record.key, 0)
     if ordered > 1 or (ordered == 0 and not unknown):
@@ -205,4 +210,3 @@ def _check_effects(turn: dict[str, object], record: Record, counts: dict[str, in
         if counts.get(key, 0) < 1:
             broken(f"{key} was never put")
     return unknown
-

@@ -206,7 +206,7 @@ def statements_of_a_turn(seeds: Seeds, session_id: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("query", "index"),
     [
-        (workers.to_ring, "ix_turns_queued"),
+        (lambda connection: workers.to_ring(connection, backing_off=True), "ix_turns_queued"),
         (lambda connection: workers.overdue(connection, 300), "ix_turns_"),
         (workers.orphans, "ix_turns_worker"),
     ],

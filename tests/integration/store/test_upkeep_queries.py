@@ -126,9 +126,9 @@ def test_a_suspected_turn_waits_before_its_next_try(seeds: Seeds) -> None:
     left = seeds.scalar("SELECT extract(epoch FROM claimable_at - now()) FROM turns WHERE turn_id = :id", id=turn_id)
     assert 0 < left <= 3
     assert seeds.claim(turn_id) is None
-    assert turn_id not in seeds.store.transact(workers.to_ring)
+    assert turn_id not in seeds.store.transact(workers.to_ring, backing_off=True)
     seeds.suspect_no_longer(turn_id)
-    assert turn_id in seeds.store.transact(workers.to_ring)
+    assert turn_id in seeds.store.transact(workers.to_ring, backing_off=True)
     assert seeds.claim(turn_id) is not None
 
 
@@ -279,11 +279,23 @@ def test_claimable_turns_are_rung_again_with_backoff(seeds: Seeds) -> None:
         seeds.age(turn_id, "rung_at", 1000)
     for wait in (4, 8, 16, 32, 60, 60):
         seeds.age(first, "rung_at", wait - 1)
-        assert first not in seeds.store.transact(workers.to_ring)
+        assert first not in seeds.store.transact(workers.to_ring, backing_off=True)
         seeds.age(first, "rung_at", 1.5)
-        rung = seeds.store.transact(workers.to_ring)
+        rung = seeds.store.transact(workers.to_ring, backing_off=True)
         assert first in rung
         assert not {behind, running} & set(rung)
+
+
+def test_without_backoff_a_claimable_turn_is_rung_every_4_s(seeds: Seeds) -> None:
+    """However often it was rung before; and no more turns are taken than were asked for."""
+    turn_ids = {seeds.turn() for _ in range(3)}
+    for _ in range(4):
+        for turn_id in turn_ids:
+            seeds.age(turn_id, "rung_at", 5)
+        few = seeds.store.transact(workers.to_ring, backing_off=False, at_most=2)
+        assert len(few) == 2
+        assert turn_ids <= {*few, *seeds.store.transact(workers.to_ring, backing_off=False)}
+    assert not turn_ids & set(seeds.store.transact(workers.to_ring, backing_off=False))
 
 
 def test_concurrent_upkeep_rings_a_turn_once(seeds: Seeds) -> None:
@@ -294,7 +306,7 @@ def test_concurrent_upkeep_rings_a_turn_once(seeds: Seeds) -> None:
     with ThreadPoolExecutor(6) as pool:
         rung = [
             turn_id
-            for found in pool.map(lambda _: seeds.store.transact(workers.to_ring), range(6))
+            for found in pool.map(lambda _: seeds.store.transact(workers.to_ring, backing_off=True), range(6))
             for turn_id in found
         ]
     mine = [turn_id for turn_id in rung if turn_id in due]
