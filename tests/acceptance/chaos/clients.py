@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -178,6 +177,4 @@ class Client(threading.Thread):
         except httpx.TransportError:
             return
         if not record.leg_over:
-            record.problems.append(
-                f"a stream ended in order behind {record.last_id or 'nothing'}: {json.dumps(str(answer.url))}"
-            )
+            record.problems.append(f"a stream ended in order behind {record.last_id or 'nothing'}: {answer.url}")

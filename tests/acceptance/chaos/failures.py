@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 
@@ -65,12 +64,17 @@ class Chaos:
         """The process that runs a turn of this kind, once there is one."""
         query = f"""SELECT split_part(name, ':', 2)::int AS pid FROM turns JOIN workers USING (worker_id)
                     WHERE status = 'running' AND dead_at IS NULL AND {condition} LIMIT 1"""
-        found: list[dict[str, Any]] = []
+        found: list[int] = []
+
+        def look() -> bool:
+            found.extend(int(row["pid"]) for row in self.fleet.system.rows(query))
+            return bool(found)
+
         try:
-            wait_until(lambda: found.extend(self.fleet.system.rows(query)) or found, CHANCE_SECONDS, every=0.02)
+            wait_until(look, CHANCE_SECONDS, every=0.02)
         except TimeoutError:
             return None
-        return int(found[0]["pid"])
+        return found[0]
 
 
 def kill_mid_chunk(chaos: Chaos) -> bool:
@@ -85,21 +89,21 @@ def kill_mid_chunk(chaos: Chaos) -> bool:
 
 def kill_mid_tool(chaos: Chaos) -> bool:
     """A process whose turn waits for a tool: noted as started, and without a result."""
-    waits = "EXISTS (SELECT 1 FROM tool_calls c WHERE c.turn_id = turns.turn_id AND c.fence = turns.fence AND c.result IS NULL)"
+    waits = """EXISTS (SELECT 1 FROM tool_calls c WHERE c.turn_id = turns.turn_id AND c.fence = turns.fence
+                         AND c.result IS NULL)"""
     pid = chaos.some_turn(waits)
     return pid is not None and chaos.kill(pid)
 
 
 def kill_between_commit_and_publish(chaos: Chaos) -> bool:
     """Worker `a`, when Postgres has a step of which Redis has not heard."""
-    [worker] = chaos.workers("a") or [None]
-    if worker is None:
-        return False
     events = chaos.fleet.events
     events.stall_at(b"step_complete")
     try:
-        stalled = events.wait_stalled(CHANCE_SECONDS)
-        return bool(stalled) and chaos.kill(worker.pid)
+        events.wait_stalled(CHANCE_SECONDS)
+        return any(chaos.kill(worker.pid) for worker in chaos.workers("a"))
+    except TimeoutError:
+        return False
     finally:
         events.cut()
         events.flow()

@@ -7,10 +7,11 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from tests.acceptance.chaos.clients import HUNG_SECONDS, Client, Record
 from tests.acceptance.chaos.failures import FAILURES, Chaos
@@ -24,6 +25,7 @@ ASK = {
     "input_schema": {"type": "object", "properties": {"key": {"type": "string"}}},
 }
 ENDED = ("completed", "failed", "cancelled")
+Broken = Callable[[str], object]
 UNKNOWN = "outcome of this tool call is unknown"
 
 
@@ -176,9 +178,8 @@ def _replay(session: Session, turn_id: str) -> list[Heard]:
     return Stream("GET", f"{session.url}/turn/{turn_id}/events").ended()
 
 
-def _check_replay(replay: list[Heard], record: Record, report: Report, broken: object) -> None:
+def _check_replay(replay: list[Heard], record: Record, report: Report, broken: Broken) -> None:
     """Equal but for the deltas of unfinished steps that a worker and Redis took with them."""
-    assert callable(broken)
     again = {each.id: each.block for each in replay}
     heard = {each.id: each for each in record.heard}
     if [one for one in again if one not in heard]:
@@ -191,15 +192,13 @@ def _check_replay(replay: list[Heard], record: Record, report: Report, broken: o
     report.lost_deltas += len(missing)
 
 
-def _check_effects(turn: dict[str, object], record: Record, counts: dict[str, int], broken: object) -> int:
-    """`order` has its effect once if its result is known, at most once if not; `put` at least once. How many unknown."""
-    assert callable(broken)
-    responses = [
-        str(response)
-        for step in turn["steps"]
-        if step["step_type"] == "tool_execution"
-        for response in step["tool_responses"]
-    ]  # type: ignore[attr-defined,index]
+def _check_effects(turn: dict[str, Any], record: Record, counts: dict[str, int], broken: Broken) -> int:
+    """`order` has its effect once if its result is known, at most once if not; `put` at least once.
+
+    Gives how many outcomes are unknown.
+    """
+    tool_steps = [step for step in turn["steps"] if step["step_type"] == "tool_execution"]
+    responses = [str(response) for step in tool_steps for response in step["tool_responses"]]
     unknown = sum(UNKNOWN in response for response in responses)
     ordered = counts.get(record.key, 0)
     if ordered > 1 or (ordered == 0 and not unknown):

@@ -6,7 +6,6 @@ write all the while; after each step every turn is compared with the model, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,15 +237,15 @@ class TurnLife(RuleBasedStateMachine):
         if how == "hand over":
             assert not self.seeds.store.transact(claims.hand_over, claim, late)
             return
-        what: dict[str, Any] = {
+        ways: dict[str, dict[str, Any]] = {
             "step": {"step": inference_step(turn.turn_id)},
             "events": {},
             "result": {"result": (0, 0, {"content": "late"})},
             "end": {"end": LegEnd(TurnStatus.COMPLETED)},
-        }[how]
+        }
         recorded = [] if how == "result" else late
         with pytest.raises(AttemptLost):
-            self.seeds.record(claim, recorded, **what)
+            self.seeds.record(claim, recorded, **ways[how])
         assert not self.seeds.store.transact(claims.still_owned, claim)
 
     # --- what must hold ---
@@ -296,11 +295,10 @@ class TurnLife(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def few_rows(store: Store) -> Iterator[None]:
+def few_rows(store: Store) -> None:
     """Nothing to cancel is left of other tests, so that upkeep's batch holds what this one made."""
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE turns SET cancel_requested_at = NULL"))
-    return
 
 
 @pytest.mark.timeout(300)
@@ -311,4 +309,4 @@ def test_a_turns_life_is_the_models(seeds: Seeds) -> None:
     limits = settings(
         max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
-    run_state_machine_as_test(TurnLife, settings=limits)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(TurnLife, settings=limits)
