@@ -162,7 +162,8 @@ class System:
     workers: dict[str, Process] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.engine = create_engine(make_url(self.env["DATABASE_URL"]).set(drivername="postgresql+psycopg2"))
+        url = make_url(self.env["DATABASE_URL"]).set(drivername="postgresql+psycopg2")
+        self.engine = create_engine(url, pool_pre_ping=True)
 
     def start_webs(self, count: int) -> None:
         for number in range(1, count + 1):
