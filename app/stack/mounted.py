@@ -94,8 +94,8 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
         await asyncio.to_thread(lock.__exit__, None, None, None)
     try:
         app.router.routes[:] = []
-        for method, path, implementation in _routes(config, app.impls):
-            _add_route(app, method, path, implementation)
+        for method, path, api, name in routes(config, app.impls):
+            _add_route(app, method, path, getattr(app.impls[api], name))
         async with _model_listing(app):
             yield
     finally:
@@ -117,15 +117,18 @@ async def _model_listing(app: StackApp) -> AsyncIterator[None]:
             await listing
 
 
-def _routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, str, Any]]:
-    """Method, path and implementation of every route to serve, in the order in which they are to be matched."""
+def routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, str, Api, str]]:
+    """Every route to serve, in the order in which they are to be matched: method, path, API and name of its method.
+
+    `impls`: of which only the keys matter, and these only if the configuration names no APIs.
+    """
     all_routes = get_all_api_routes(load_external_apis(config))
     for api in sorted(_served(config, impls), key=lambda api: api.value):
         for route, _ in all_routes[api]:
             if _AGENTS.match(route.path):
                 continue
             method = next(method for method in route.methods if method != "HEAD").lower()
-            yield method, route.path, getattr(impls[api], route.name)
+            yield method, route.path, api, route.name
 
 
 def _served(config: StackRunConfig, impls: library.Impls) -> set[Api]:
