@@ -161,7 +161,7 @@ def _changing(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     async def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        store = args[0] if args else kwargs.get("vector_store_id", kwargs.get("vector_db_id"))
+        store = args[0] if args else kwargs.get("vector_store_id") or kwargs["vector_db_id"]
         await _provider_of(self.routing_table, store)
         await self.routing_table.assert_action_allowed("update", "vector_store", store)
         return await method(self, *args, **kwargs)
