@@ -478,6 +478,32 @@ async def test_rows_that_nobody_owns_are_the_local_ones(settings: Settings) -> N
             assert (await local.delete(path)).status_code < 300, path
 
 
+async def test_a_file_batch_goes_on_after_a_restart_as_who_made_it(settings: Settings) -> None:
+    """No request is there then to say whose it is: alice's file is found for her, and not for bob, who names it."""
+    embedding = {"model_type": "embedding", "metadata": {"embedding_dimension": 8}, "provider_id": "model-server"}
+    store = {"name": "s", "embedding_model": "embed", "embedding_dimension": 8}
+    batches = {}
+    app = create_stack_app(settings)
+    async with stack_lifespan(app), made_by(app, "alice") as alice, made_by(app, "bob") as bob:
+        await alice.post("/v1/models", json={"model_id": "embed", **embedding})
+        sent = {"file": ("a.txt", b"abba")}
+        file_id = (await alice.post("/v1/files", files=sent, data={"purpose": "assistants"})).json()["id"]
+        for name, client in (("alice", alice), ("bob", bob)):
+            path = f"/v1/vector_stores/{(await client.post('/v1/vector_stores', json=store)).json()['id']}/file_batches"
+            batches[name] = f"{path}/{(await client.post(path, json={'file_ids': [file_id]})).json()['id']}"
+        assert (await alice.get(batches["alice"])).json()["status"] == "in_progress"
+    app = create_stack_app(settings)
+    async with stack_lifespan(app):
+        found = {}
+        for name, path in batches.items():
+            async with made_by(app, name) as client, asyncio.timeout(30):
+                while (answer := (await client.get(path)).json())["file_counts"]["in_progress"]:
+                    await asyncio.sleep(0.05)
+            found[name] = answer["file_counts"]
+        assert found["alice"]["completed"] == 1
+        assert found["bob"]["completed"] == 0
+
+
 # --- a worker beside it -----------------------------------------------------------------------------------------------
 
 
