@@ -15,9 +15,8 @@ is replaced here:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from llama_stack.apis.common.errors import ResourceNotFoundError
@@ -66,8 +65,6 @@ _CHANGES_OF_VECTOR_STORES = (
     "openai_cancel_vector_store_file_batch",
 )
 
-_toolgroup: ContextVar[str | None] = ContextVar("toolgroup", default=None)
-
 
 def attributes(principal: str) -> dict[str, list[str]]:
     """What `POLICY` compares of a principal; as ASGI's `user_attributes`, and stored with what it owns."""
@@ -84,16 +81,6 @@ def acting_principal() -> str | None:
     """None: this process itself."""
     user = get_authenticated_user()
     return user.principal if user else None
-
-
-@contextmanager
-def tools_of(toolgroup_id: str) -> Iterator[None]:
-    """A tool that is called inside is this group's: groups of one principal may have tools of the same name."""
-    token = _toolgroup.set(toolgroup_id)
-    try:
-        yield
-    finally:
-        _toolgroup.reset(token)
 
 
 def enforce() -> None:
@@ -140,11 +127,8 @@ async def _tool(self: Any, tool_name: str) -> Any:
 
 async def _group_with(table: Any, tool_name: str) -> str | None:
     """The toolgroup, of those that the principal sees, that offers this tool; its own before nobody's."""
-    if named := _toolgroup.get():
-        groups = [await table.get_tool_group(named)]
-    else:
-        groups = sorted(await table.get_all_with_type("tool_group"), key=lambda group: group.owner is None)
-    for group in groups:
+    groups = await table.get_all_with_type("tool_group")
+    for group in sorted(groups, key=lambda group: group.owner is None):
         if any(tool.name == tool_name for tool in table.toolgroups_to_tools.get(group.identifier, ())):
             return str(group.identifier)
     return None

@@ -660,6 +660,16 @@ def test_a_turns_tools_are_its_owners(alice: httpx.Client, bob: httpx.Client) ->
         assert len(alices.calls()) == 2
 
 
+def test_a_tool_that_is_invoked_by_its_name_is_ones_own(alice: httpx.Client, bob: httpx.Client) -> None:
+    """Over HTTP a call names no group: llama_stack takes the one that anybody listed last."""
+    with McpServer() as alices, McpServer() as bobs:
+        for client, server in ((bob, bobs), (alice, alices)):
+            ok(client.get("/v1/tools", params={"toolgroup_id": new_toolgroup(client, server)}))
+        ok(bob.post("/v1/tool-runtime/invoke", json={"tool_name": "count", "kwargs": {"key": "bob"}}))
+        assert [call["arguments"]["key"] for call in bobs.calls()] == ["bob"]
+        assert alices.calls() == []
+
+
 def test_a_turn_calls_the_tool_of_its_own_group(alice: httpx.Client) -> None:
     """Where one principal has two groups with tools of the same names."""
     with McpServer() as first, McpServer() as second:
