@@ -19,6 +19,7 @@ from app.domain.errors import Unavailable
 from app.endings import Endings
 from app.events.follow import Relay
 from app.events.log import EventLog, SyncLog
+from app.identity import Identification, Keys
 from app.settings import Settings, SettingsError
 from app.stack.config import stack_run_config
 from app.stack.mounted import StackApp, create_stack_app, stack_lifespan
@@ -74,6 +75,8 @@ def create_app(settings: Settings) -> FastAPI:
                 max_body_size=settings.request_max_bytes,
             )
     errors.install(app, settings.request_max_bytes)
+    app.add_middleware(Identification, keys=Keys(settings.api_keys))
+    # Added last, so asked first: a browser's preflight brings no key, and it may read why it was refused.
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

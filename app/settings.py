@@ -7,6 +7,7 @@ module by `caravan settings --markdown`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -17,6 +18,11 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 CommaSeparated = Annotated[list[str], NoDecode]
+
+PRINCIPAL = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
+"""The form of a principal's name, which stands in settings, in logs and in SQL."""
+
+_API_KEY = re.compile(f"{PRINCIPAL}:[0-9a-f]{{64}}")
 
 
 class SettingsError(Exception):
@@ -138,6 +144,11 @@ class Settings(BaseSettings):
     cors_origins: CommaSeparated = Field(
         default_factory=list, description="Origins, comma-separated, that browsers may call from. Empty: none."
     )
+    api_keys: CommaSeparated = Field(
+        default_factory=list,
+        description="Who may call: `name:sha256` of each key, comma-separated, as `caravan keys NAME` prints them; a "
+        "name may have several. Empty: only this machine may, as `local`.",
+    )
 
     # Resources of one process
     database_pool_size: int = Field(
@@ -146,10 +157,21 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
     log_format: Literal["text", "json"] = Field(default="text", description="`text`, or `json`: one object a line.")
 
-    @field_validator("inference_model", "cors_origins", "tools_safe_to_repeat", mode="before")
+    @field_validator("inference_model", "cors_origins", "api_keys", "tools_safe_to_repeat", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _hashed(cls, value: list[str]) -> list[str]:
+        wrong = [number for number, entry in enumerate(value, 1) if not _API_KEY.fullmatch(entry)]
+        if wrong:  # which one, but never its text: it may be a key
+            raise ValueError(
+                f"must be name:sha256 entries, comma-separated, as `caravan keys NAME` prints them; entry {wrong[0]} "
+                "is none"
+            )
+        return value
 
     @field_validator("inference_url")
     @classmethod

@@ -20,9 +20,6 @@ from app.store import Store, turns
 from app.store.admission import Caps
 from app.store.turns import Ended
 
-LOCAL_PRINCIPAL = "local"
-"""The owner of everything, until there are API keys."""
-
 
 class StoreRecords:
     """What a follower asks of Postgres, from the event loop."""
@@ -69,7 +66,8 @@ async def _service(request: Request) -> Service:
 
 
 async def _owner(request: Request) -> str:
-    return LOCAL_PRINCIPAL
+    """The principal that `app.identity` has named."""
+    return cast(str, request.scope["principal"])
 
 
 CurrentService = Annotated[Service, Depends(_service)]

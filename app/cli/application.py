@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import chat, demo, doctor, migrate, prune, settings, turns, up
+from app.cli import chat, demo, doctor, keys, migrate, prune, settings, turns, up
 
 application = typer.Typer(
     name="caravan",
@@ -23,6 +23,7 @@ application.command()(chat.chat)
 application.command()(migrate.migrate)
 application.command()(prune.prune)
 application.command()(settings.settings)
+application.command()(keys.keys)
 application.add_typer(turns.application, name="turns")
 application.command()(doctor.doctor)
 

@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from app.cli.client import Conversation
 
 URL = "http://127.0.0.1:8321"
+KEY_VARIABLE = "CARAVAN_API_KEY"
 
 UrlOption = Annotated[str, typer.Option(help="Where the server is.", envvar="CARAVAN_URL")]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Your API key; better in the environment, since `ps` shows command lines.",
+        envvar=KEY_VARIABLE,
+        show_default=False,
+    ),
+]
 
 
 def chat(
@@ -22,6 +31,7 @@ def chat(
         str | None, typer.Argument(help="One message; without it, a conversation.", show_default=False)
     ] = None,
     url: UrlOption = URL,
+    api_key: KeyOption = None,
     model: Annotated[
         str | None, typer.Option(help="Model of the new agent; else the server's first.", show_default=False)
     ] = None,
@@ -32,9 +42,12 @@ def chat(
     """Talk with an agent on a running server."""
     if session and not agent:
         raise CommandError("--session needs the --agent that it belongs to")
-    from app.cli.client import Conversation
+    from app.cli.client import Conversation, connect
 
-    conversation = Conversation.of_agent(url, agent, session) if agent else Conversation.open(url, model, instructions)
+    client = connect(url, api_key)
+    conversation = (
+        Conversation.of_agent(client, agent, session) if agent else Conversation.open(client, model, instructions)
+    )
     if message is not None:
         conversation.say(message)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from app.cli.chat import KEY_VARIABLE
 from app.cli.errors import needs_local_extra
 
 if TYPE_CHECKING:
@@ -23,15 +25,16 @@ def demo() -> None:
 
 
 def _one_turn(installation: Installation) -> None:
-    from app.cli.client import Conversation, worker_of
+    from app.cli.client import Conversation, connect, worker_of
 
     model = installation.models[0]
     print(f"\nclient.alpha.agents of llama-stack-client at {installation.url}")
-    conversation = Conversation.open(installation.url, model, INSTRUCTIONS, max_tokens=MAX_TOKENS)
+    client = connect(installation.url, os.environ.get(KEY_VARIABLE))
+    conversation = Conversation.open(client, model, INSTRUCTIONS, max_tokens=MAX_TOKENS)
     print(f"  agent   {conversation.agent_id} (model {model})\n  session {conversation.session_id}")
     print(f"\nyou: {MESSAGE}\n")
     turn_id = conversation.say(MESSAGE, show_steps=True)
-    worker = worker_of(installation.url, conversation.agent_id, conversation.session_id, turn_id)
+    worker = worker_of(conversation, turn_id)
     print(f"\nturn {turn_id} was run by worker {worker}")
     print(f"  Flower    {installation.flower_url}")
     print(f"  API docs  {installation.url}/docs")

@@ -18,3 +18,8 @@ def needs_local_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         extra = "pip install 'caravan-agents[local]'"
         raise CommandError(f"this command embeds servers, and {error.name} is not installed: {extra}") from None
+
+
+def refused(url: str, detail: str) -> str:
+    """What to tell of a 401."""
+    return f"{url} answered 401: {detail}. This command's key comes from CARAVAN_API_KEY or --api-key"

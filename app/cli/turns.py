@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.chat import URL, UrlOption
-from app.cli.errors import CommandError
+from app.cli.chat import URL, KeyOption, UrlOption
+from app.cli.errors import CommandError, refused
 from app.domain.turns import TurnStatus
 
 if TYPE_CHECKING:
@@ -46,22 +46,26 @@ def show(turn_id: TurnId) -> None:
 
 
 @application.command()
-def follow(turn_id: TurnId, url: UrlOption = URL) -> None:
-    """Print a turn's text from its start, and then as it comes, until its end."""
+def follow(turn_id: TurnId, url: UrlOption = URL, api_key: KeyOption = None) -> None:
+    """Print a turn's text from its start, and then as it comes, until its end. Needs the key of the turn's owner."""
     from app.cli.transcript import Transcript
 
     turn, agent_id = _find(turn_id)
     transcript = Transcript()
-    for event in _events(f"{url}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn_id}/events"):
+    for event in _events(f"{url}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn_id}/events", api_key):
         transcript.show(event)
     transcript.end_line()
 
 
-def _events(url: str) -> Iterator[dict[str, Any]]:
+def _events(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:
     import httpx
 
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with httpx.stream("GET", url, timeout=READ_TIMEOUT_SECONDS) as response:
+        with httpx.stream("GET", url, headers=headers, timeout=READ_TIMEOUT_SECONDS) as response:
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                response.read()
+                raise CommandError(refused(url, response.json()["detail"]))
             if response.status_code != httpx.codes.OK:
                 raise CommandError(f"{url} answered {response.status_code}: {response.read().decode(errors='replace')}")
             for line in response.iter_lines():

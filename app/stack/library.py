@@ -37,7 +37,7 @@ from llama_stack.core.store.registry import create_dist_registry
 from llama_stack.providers.datatypes import Api
 from llama_stack.providers.utils.sqlstore.sqlalchemy_sqlstore import SqlAlchemySqlStoreImpl
 
-from app.stack import postgres, registry
+from app.stack import access, postgres, registry
 from app.stack.config import MODULE
 
 log = logging.getLogger(__name__)
@@ -80,10 +80,16 @@ async def _start(config: StackRunConfig, *, whole: bool) -> Impls:
     if whole:
         add_internal_implementations(internal, config)
     with _inference_store_kept() if whole and not _is_ours(config) else _no_inference_store():
-        impls: Impls = await resolve_impls(config, get_provider_registry(config), dist_registry, [], internal)
+        impls: Impls = await resolve_impls(
+            config, get_provider_registry(config), dist_registry, access.POLICY, internal
+        )
     if whole:
         await impls[Api.prompts].initialize()
+        impls[Api.prompts].kvstore = access.OwnKeys(impls[Api.prompts].kvstore)
         await impls[Api.conversations].initialize()
+        if impls[Api.inference].store:
+            # The tasks that work its queue off would store everyone's completions as those of its first caller.
+            impls[Api.inference].store.enable_write_queue = False
     registry.own_caches(impls)
     await register_resources(config, impls)
     await refresh_registry_once(impls)
@@ -101,6 +107,7 @@ def _is_ours(config: StackRunConfig) -> bool:
 def _prepare() -> None:
     """Replace, once in a process, what does not depend on a stack's configuration."""
     quiet_logging()
+    access.enforce()
     # The original holds a connection for each store, blocks the loop with it, and never opens it again.
     kvstore_postgres.PostgresKVStoreImpl = postgres.KeyValueStore
     # The original makes an engine for every table it creates, each of which leaves a connection open for good.

@@ -26,10 +26,11 @@ from llama_stack.core.external import load_external_apis
 from llama_stack.core.server.routes import get_all_api_routes
 from llama_stack.core.stack import refresh_registry_task
 from llama_stack.providers.datatypes import Api
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.settings import Settings
-from app.stack import library, postgres, registry
+from app.stack import access, library, postgres, registry
 from app.stack.config import stack_run_config
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,15 @@ class StackApp(FastAPI):
         self.settings = settings
         self.impls: library.Impls = {}
         self.add_exception_handler(RequestValidationError, _failed)
+        self.add_exception_handler(HTTPException, _refused)
         self.add_exception_handler(Exception, _failed)
         if on_registry_change is not None:
             self.add_middleware(RegistryChanges, on_change=on_registry_change)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if principal := scope.get("principal"):
+            scope["user_attributes"] = access.attributes(principal)
+        await super().__call__(scope, receive, send)
 
     async def refresh_registry(self) -> None:
         """See what other processes registered or removed (`app.stack.registry.refresh`)."""
@@ -87,8 +94,8 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
         await asyncio.to_thread(lock.__exit__, None, None, None)
     try:
         app.router.routes[:] = []
-        for method, path, implementation in _routes(config, app.impls):
-            _add_route(app, method, path, implementation)
+        for method, path, api, name in routes(config, app.impls):
+            _add_route(app, method, path, getattr(app.impls[api], name))
         async with _model_listing(app):
             yield
     finally:
@@ -110,15 +117,18 @@ async def _model_listing(app: StackApp) -> AsyncIterator[None]:
             await listing
 
 
-def _routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, str, Any]]:
-    """Method, path and implementation of every route to serve, in the order in which they are to be matched."""
+def routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, str, Api, str]]:
+    """Every route to serve, in the order in which they are to be matched: method, path, API and name of its method.
+
+    `impls`: of which only the keys matter, and these only if the configuration names no APIs.
+    """
     all_routes = get_all_api_routes(load_external_apis(config))
     for api in sorted(_served(config, impls), key=lambda api: api.value):
         for route, _ in all_routes[api]:
             if _AGENTS.match(route.path):
                 continue
             method = next(method for method in route.methods if method != "HEAD").lower()
-            yield method, route.path, getattr(impls[api], route.name)
+            yield method, route.path, api, route.name
 
 
 def _served(config: StackRunConfig, impls: library.Impls) -> set[Api]:
@@ -146,6 +156,17 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
     if translated.status_code >= 500:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse({"error": {"detail": translated.detail}}, status_code=translated.status_code)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's error body. A path that names nothing, or something of another's, is 404; llama_stack often has 400."""
+    assert isinstance(error, HTTPException)
+    status, detail = error.status_code, error.detail
+    cause = error.__cause__
+    named = [str(value) for value in request.path_params.values()]
+    if type(cause) is ValueError and "not found" in str(cause) and any(name in str(cause) for name in named):
+        status, detail = 404, str(cause)
+    return JSONResponse({"detail": detail}, status, error.headers)
 
 
 class RegistryChanges:

@@ -108,7 +108,8 @@ async def publish_models(config: StackRunConfig, impls: dict[Api, Any]) -> None:
     registry = impls[Api.models].dist_registry
     existing = {entry.identifier: entry for entry in await registry.get_all() if _is_ours(entry)}
     for identifier in wanted:
-        if identifier not in existing:
+        # A model that a principal registered becomes everyone's.
+        if identifier not in existing or existing[identifier].owner is not None:
             await _register(registry, identifier)
     for identifier, entry in existing.items():
         if identifier not in wanted and entry.source == RegistryEntrySource.listed_from_provider:

@@ -2,7 +2,8 @@
 
 Differs from the original: every connection parameter holds (the original knows no TLS), nothing secret stands in its
 configuration, queries run in a thread and not on the event loop, a lost connection is opened again, a refresh forgets
-deleted stores, and a worker does not take up the file batches of the web process.
+deleted stores, a worker does not take up the file batches of the web process, and who does goes on as the principal
+that made them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from llama_stack.providers.utils.memory.vector_store import VectorStoreWithIndex
 from psycopg2 import sql
 from pydantic import BaseModel
 
+from app.identity import LOCAL_PRINCIPAL
+from app.stack import access
 from app.stack.postgres import Connection, KeyValueStore, create_table
 
 
@@ -98,6 +101,15 @@ class VectorStores(PGVectorVectorIOAdapter):
         self.cache.clear()
         if self.files_api is not None:
             self.openai_vector_stores = await self._load_openai_vector_stores()
+
+    async def _save_openai_vector_store_file_batch(self, batch_id: str, batch_info: dict[str, Any]) -> None:
+        batch_info.setdefault("principal", access.acting_principal())
+        await super()._save_openai_vector_store_file_batch(batch_id, batch_info)
+
+    async def _process_file_batch_async(self, batch_id: str, batch_info: dict[str, Any], *given: Any) -> None:
+        # After a restart there is no request that it belongs to.
+        with access.acting_as(batch_info.get("principal") or LOCAL_PRINCIPAL):
+            await super()._process_file_batch_async(batch_id, batch_info, *given)
 
     async def register_vector_store(self, vector_store: VectorStore) -> None:
         await self.kvstore.set(f"{VECTOR_DBS_PREFIX}{vector_store.identifier}", vector_store.model_dump_json())

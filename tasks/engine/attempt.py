@@ -33,6 +33,7 @@ from app.domain.turns import ENDED, TurnStatus
 from app.events.log import EventLog
 from app.events.writer import EventWriter
 from app.settings import Settings
+from app.stack.access import acting_as
 from app.store import Store, claims
 from app.store.claims import Claim, LegEnd
 from app.store.workers import overdue_failure
@@ -111,7 +112,8 @@ class Attempt:
 
     async def run(self) -> Outcome:
         """To the end of the leg. Never raises."""
-        self._task = asyncio.create_task(self._guarded(), name=f"turn {self._claim.turn_id}")
+        with acting_as(self._claim.owner):
+            self._task = asyncio.create_task(self._guarded(), name=f"turn {self._claim.turn_id}")
         try:
             await asyncio.wait([self._task])
             return "lost" if self._task.cancelled() else self._task.result()

@@ -41,6 +41,8 @@ class FakeModelServer:
         self.connections = 0
         self.hung_up = asyncio.Event()
         self.drop_next = 0
+        self.may_embed = asyncio.Event()
+        self.may_embed.set()
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -60,6 +62,7 @@ class FakeModelServer:
             self.drop_next -= 1
             return False
         if first.split()[1].endswith("/embeddings"):
+            await self.may_embed.wait()
             return self.whole(writer, self.embeddings(body))
         if body["model"] == "refuses":
             return self.whole(writer, {"error": {"message": "too many of you", "code": 429}}, "429 Too Many Requests")
@@ -421,6 +424,82 @@ async def test_failing_hook_does_not_fail_the_request(settings: Settings) -> Non
     async with web(settings, hook) as (client, _):
         answer = await client.post("/v1/models", json={"model_id": "new", "provider_id": "model-server"})
         assert answer.status_code == 200
+
+
+# --- what nobody owns -------------------------------------------------------------------------------------------------
+
+
+def made_by(app: StackApp, principal: str | None) -> httpx.AsyncClient:
+    """Requests as a principal; None: as nobody, as everything was before there were principals."""
+
+    async def called(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, **({"principal": principal} if principal else {})}, receive, send)
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(called), base_url="http://web")
+
+
+async def test_what_nobody_owns_is_everyones_to_use_and_the_local_ones_to_change(settings: Settings) -> None:
+    app = create_stack_app(settings)
+    text = {"content": "abba", "metadata": {"document_id": "d"}, "chunk_metadata": {"chunk_id": "c"}}
+    async with stack_lifespan(app), made_by(app, None) as nobody, made_by(app, "alice") as alice:
+        embedding = {"model_type": "embedding", "metadata": {"embedding_dimension": 8}, "provider_id": "model-server"}
+        assert (await nobody.post("/v1/models", json={"model_id": "embed", **embedding})).status_code == 200
+        store = {"name": "s", "embedding_model": "embed", "embedding_dimension": 8}
+        store_id = (await nobody.post("/v1/vector_stores", json=store)).json()["id"]
+        path = f"/v1/vector_stores/{store_id}"
+        inserted = {"vector_db_id": store_id, "chunks": [text]}
+        changes = [("POST", "/v1/vector-io/insert", inserted), ("POST", path, {"name": "mine"}), ("DELETE", path, None)]
+        for method, changed, body in changes:
+            assert (await alice.request(method, changed, json=body)).status_code == 403, changed
+        async with made_by(app, "local") as local:
+            for method, changed, body in changes[:2]:
+                assert (await local.request(method, changed, json=body)).status_code == 200, changed
+            asked = {"vector_db_id": store_id, "query": "a bee"}
+            assert "abba" in (await alice.post("/v1/vector-io/query", json=asked)).text
+            assert (await local.delete(path)).status_code == 200
+
+
+async def test_rows_that_nobody_owns_are_the_local_ones(settings: Settings) -> None:
+    """Conversations, files and prompts are never the configuration's: somebody made them, before there were keys."""
+    app = create_stack_app(settings)
+    async with (
+        stack_lifespan(app),
+        made_by(app, None) as nobody,
+        made_by(app, "alice") as alice,
+        made_by(app, "local") as local,
+    ):
+        sent = {"file": ("a.txt", b"abc")}
+        paths = [
+            f"/v1/conversations/{(await nobody.post('/v1/conversations', json={})).json()['id']}",
+            f"/v1/files/{(await nobody.post('/v1/files', files=sent, data={'purpose': 'assistants'})).json()['id']}",
+            f"/v1/prompts/{(await nobody.post('/v1/prompts', json={'prompt': 'hi'})).json()['prompt_id']}",
+        ]
+        for path in paths:
+            assert (await alice.get(path)).status_code == 404, path
+            assert (await alice.delete(path)).status_code == 404, path
+            assert (await local.get(path)).status_code == 200, path
+            assert (await local.delete(path)).status_code < 300, path
+
+
+async def test_a_file_batch_goes_on_after_a_restart_as_who_made_it(settings: Settings, server: FakeModelServer) -> None:
+    """No request is there then that says whose it is, and the file is nobody else's."""
+    embedding = {"model_type": "embedding", "metadata": {"embedding_dimension": 8}, "provider_id": "model-server"}
+    store = {"name": "s", "embedding_model": "embed", "embedding_dimension": 8}
+    server.may_embed.clear()
+    app = create_stack_app(settings)
+    async with stack_lifespan(app), made_by(app, "alice") as alice:
+        await alice.post("/v1/models", json={"model_id": "embed", **embedding})
+        sent = {"file": ("a.txt", b"abba")}
+        file_id = (await alice.post("/v1/files", files=sent, data={"purpose": "assistants"})).json()["id"]
+        path = f"/v1/vector_stores/{(await alice.post('/v1/vector_stores', json=store)).json()['id']}/file_batches"
+        path += f"/{(await alice.post(path, json={'file_ids': [file_id]})).json()['id']}"
+        assert (await alice.get(path)).json()["status"] == "in_progress"
+    server.may_embed.set()
+    app = create_stack_app(settings)
+    async with stack_lifespan(app), made_by(app, "alice") as alice, asyncio.timeout(30):
+        while (await alice.get(path)).json()["status"] == "in_progress":  # noqa: ASYNC110 (over HTTP)
+            await asyncio.sleep(0.05)
+        assert (await alice.get(path)).json()["file_counts"]["completed"] == 1
 
 
 # --- a worker beside it -----------------------------------------------------------------------------------------------

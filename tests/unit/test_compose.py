@@ -63,7 +63,7 @@ def test_the_example_environment_has_each_variable_that_compose_requires() -> No
     required = set(re.findall(r"\$\{([A-Z_]+):\?", (ROOT / "compose.yaml").read_text()))
     example = (ROOT / "docs" / "compose.env.example").read_text()
     assert required <= set(re.findall(r"^([A-Z_]+)=", example, re.MULTILINE))
-    assert required == {"POSTGRES_PASSWORD", "REDIS_PASSWORD", "FLOWER_BASIC_AUTH", "INFERENCE_MODEL"}
+    assert required == {"POSTGRES_PASSWORD", "REDIS_PASSWORD", "FLOWER_BASIC_AUTH", "INFERENCE_MODEL", "API_KEYS"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
