@@ -29,11 +29,10 @@ from app.local.valkey import Valkey
 from app.settings import Settings
 from app.stack.config import build_run_config
 from app.stack.mounted import routes
-from tests.acceptance.conftest import web_process
 from tests.conftest import free_port
 from tests.support import ROOT, wait_until
 from tests.support.mcp_server import McpServer
-from tests.support.nodes import TURN_POOL, Process, worker_node
+from tests.support.nodes import TURN_POOL, Process, web_process, worker_node
 from tests.support.scripted_model import DIMENSIONS
 
 ALICE, ALICES_NEXT, BOB = make_key(), make_key(), make_key()

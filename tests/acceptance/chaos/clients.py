@@ -107,7 +107,7 @@ class Client(threading.Thread):
         raise TimeoutError(f"{what}: not within {HUNG_SECONDS} s")
 
     def _plan(self) -> Record:
-        kind = self._random.choice(["plain", "plain", "server tools", "client tools"])
+        kind = self._random.choice(["plain", "server tools", "server tools", "client tools"])
         says = {"plain": "", "server tools": "done ", "client tools": "asked "}[kind]
         return Record(kind, uuid.uuid4().hex, f"{self._session}/turn", says)
 
@@ -120,8 +120,8 @@ class Client(threading.Thread):
             return f"CHUNKS {count} {pause}"
         if record.kind == "client tools":
             return f'{words} | CALL ask {{"key": "{record.key}"}} | SAY asked'
-        order = f'CALL order {{"key": "{record.key}", "seconds": {self._random.uniform(0, 0.4):.2f}}}'
-        put = f'CALL put {{"key": "put-{record.key}", "seconds": {self._random.uniform(0, 0.4):.2f}}}'
+        order = f'CALL order {{"key": "{record.key}", "seconds": {self._random.uniform(0, 0.8):.2f}}}'
+        put = f'CALL put {{"key": "put-{record.key}", "seconds": {self._random.uniform(0, 0.8):.2f}}}'
         return f"{words} | {order} & {put} | {words} | {put.replace('put-', 'again-')} | SAY done"
 
     def _run_turn(self, record: Record) -> None:

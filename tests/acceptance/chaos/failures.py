@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from tests.support import wait_until
 from tests.support.nodes import Process
 
 LEASE = float(SHORT["LEASE_SECONDS"])
-CHANCE_SECONDS = 8.0
+CHANCE_SECONDS = 15.0
 """How long to wait for a turn that is just where the failure wants it."""
 
 
@@ -43,6 +44,12 @@ class Chaos:
 
     def workers(self, *names: str) -> list[Process]:
         return [self.fleet.system.workers[name] for name in names if self.fleet.system.workers[name].running()]
+
+    def children(self) -> list[int]:
+        """The processes of the prefork worker, once there are some."""
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: any(worker.children() for worker in self.workers("c")), CHANCE_SECONDS)
+        return [pid for worker in self.workers("c") for pid in worker.children()]
 
     def owned(self, pids: list[int]) -> dict[str, int]:
         """The running turns of these processes; none if Postgres does not answer."""
@@ -110,8 +117,8 @@ def kill_between_commit_and_publish(chaos: Chaos) -> bool:
 
 
 def kill_a_prefork_child(chaos: Chaos) -> bool:
-    children = [pid for worker in chaos.workers("c") for pid in worker.children()]
-    return bool(children) and chaos.kill(chaos.random.choice(children))
+    busy = chaos.some_turn(f"split_part(name, ':', 2)::int = ANY('{{{','.join(map(str, chaos.children()))}}}')")
+    return busy is not None and chaos.kill(busy)
 
 
 def kill_a_whole_worker(chaos: Chaos) -> bool:
