@@ -200,7 +200,7 @@ def keyless(keyless_environment: dict[str, str], tmp_path_factory: pytest.TempPa
     command = ["uvicorn", "app:main", "--host", "0.0.0.0", "--port", str(port)]
     env = {**keyless_environment, "FORWARDED_ALLOW_IPS": "*"}
     log = tmp_path_factory.mktemp("keyless") / "web.log"
-    with Process("keyless", command, env, log, "Application startup complete"):
+    with Process("keyless", command, env, log, "Uvicorn running on"):
         yield port
 
 
@@ -250,7 +250,7 @@ def test_without_keys_a_unix_socket_is_served(
 ) -> None:
     socket = open_path / "web.sock"
     command = ["uvicorn", "app:main", "--uds", str(socket)]
-    with Process("web", command, keyless_environment, tmp_path / "web.log", "Application startup complete"):
+    with Process("web", command, keyless_environment, tmp_path / "web.log", "Uvicorn running on"):
         wait_until(socket.exists)
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://anything") as client:
             assert client.get("/v1/agents").status_code == 200

@@ -185,7 +185,7 @@ def web_process(env: Mapping[str, str], log: Path) -> tuple[str, Process]:
     """(its URL, a web process on a port of its own), not started yet."""
     port = free_port()
     command = ["uvicorn", "app:main", "--port", str(port)]
-    return f"http://127.0.0.1:{port}", Process("web", command, env, log, "Application startup complete")
+    return f"http://127.0.0.1:{port}", Process("web", command, env, log, "Uvicorn running on")
 
 
 def worker_process(pool: Sequence[str], env: Mapping[str, str], log: Path, *, name: str = "worker") -> Process:

@@ -30,6 +30,7 @@ class Chaos:
     done: dict[str, int] = field(default_factory=dict)
     kills: list[tuple[float, dict[str, int]]] = field(default_factory=list)
     """When a process was killed, and the turns that it ran: id → attempt."""
+    draining: list[tuple[Process, int]] = field(default_factory=list)
 
     def round(self) -> None:
         """Each kind of failure once."""
@@ -50,6 +51,16 @@ class Chaos:
         with contextlib.suppress(TimeoutError):
             wait_until(lambda: any(worker.children() for worker in self.workers("c")), CHANCE_SECONDS)
         return [pid for worker in self.workers("c") for pid in worker.children()]
+
+    def drain(self, process: Process) -> bool:
+        self.draining.append((process, process.pid))
+        process.signal(signal.SIGTERM)
+        return True
+
+    def wait_drained(self) -> None:
+        """Until those that were told to end have done so, and were started again."""
+        for process, pid in self.draining:
+            wait_until(lambda it=process, was=pid: it.running() and it.pid != was, 60)  # type: ignore[misc]
 
     def owned(self, pids: list[int]) -> dict[str, int]:
         """The running turns of these processes; none if Postgres does not answer."""
@@ -152,18 +163,12 @@ def stop_a_worker_beyond_its_lease(chaos: Chaos) -> bool:
 
 
 def drain_a_worker(chaos: Chaos) -> bool:
-    for worker in chaos.workers(chaos.random.choice("abc")):
-        worker.signal(signal.SIGTERM)
-        return True
-    return False
+    return any(chaos.drain(worker) for worker in chaos.workers(chaos.random.choice("abc")))
 
 
 def drain_a_web_process(chaos: Chaos) -> bool:
     web = chaos.random.choice(chaos.fleet.system.webs)
-    if not web.running():
-        return False
-    web.signal(signal.SIGTERM)
-    return True
+    return web.running() and chaos.drain(web)
 
 
 def flush_redis(chaos: Chaos) -> bool:

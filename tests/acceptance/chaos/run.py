@@ -71,7 +71,8 @@ class Report:
 def run(directory: Path, *, seed: int, rounds: int, clients: int) -> Report:
     """So many rounds of each kind of failure, with so many clients at once."""
     report = Report(seed)
-    with running_fleet(directory) as fleet:
+    # The keeper's thread lives until the end: what it has started dies with it.
+    with running_fleet(directory) as fleet, fleet.kept():
         records = _chaos(fleet, report, seed, rounds, clients)
         for record in records:
             _check_client(record, report)
@@ -85,18 +86,18 @@ def _chaos(fleet: Fleet, report: Report, seed: int, rounds: int, count: int) -> 
     stop = threading.Event()
     clients = [Client(fleet.system.urls, agent, seed + number, stop) for number in range(count)]
     chaos = Chaos(fleet, random.Random(seed))
-    with fleet.kept():
-        for client in clients:
-            client.start()
-        for _ in range(rounds):
-            chaos.round()
-        stop.set()
-        deadline = time.monotonic() + HUNG_SECONDS + 30
-        for client in clients:
-            client.join(max(0.1, deadline - time.monotonic()))
-        for process in fleet.processes:
-            wait_until(process.running, 30)
-            process.wait_ready()
+    for client in clients:
+        client.start()
+    for _ in range(rounds):
+        chaos.round()
+    stop.set()
+    deadline = time.monotonic() + HUNG_SECONDS + 30
+    for client in clients:
+        client.join(max(0.1, deadline - time.monotonic()))
+    chaos.wait_drained()
+    for process in fleet.processes:
+        wait_until(process.running, 30)
+        process.wait_ready()
     report.failures = {kind: chaos.done.get(kind, 0) for kind in FAILURES}
     report.restarts = fleet.restarts
     report.problems += [f"never happened: {kind}" for kind, done in report.failures.items() if not done]
