@@ -21,6 +21,7 @@ from typing import Any, Literal
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
 from app.domain.events import Event, EventId, EventKind, trusted_id
@@ -141,7 +142,7 @@ class SyncLog:
             decode_responses=True,
             socket_timeout=1.0,
             socket_connect_timeout=1.0,
-            retry=redis.retry.Retry(NoBackoff(), 0),
+            retry=redis.retry.Retry(NoBackoff(), 1, (RedisConnectionError,)),
         )
         self._append = self._redis.register_script(_APPEND)
         self._raise = self._redis.register_script(_RAISE)
@@ -193,8 +194,10 @@ class EventLog:
             socket_timeout=SOCKET_TIMEOUT_SECONDS,
             socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
             health_check_interval=0,
+            # A pooled connection may have died unseen: everything here may be asked twice, so it is, once.
+            retry=redis.asyncio.retry.Retry(NoBackoff(), 1, (RedisConnectionError,)),
         )
-        self.redis = redis.asyncio.Redis(connection_pool=self._pool, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
+        self.redis = redis.asyncio.Redis(connection_pool=self._pool)
         self._append = self.redis.register_script(_APPEND)
         self._raise = self.redis.register_script(_RAISE)
         self._queue: list[tuple[list[Any], asyncio.Future[AppendOutcome]]] = []

@@ -272,6 +272,10 @@ def check_stream(heard: Sequence[Heard]) -> None:
     assert [each.kind in ends for each in heard] == [*[False] * (len(heard) - 1), True], [each.kind for each in heard]
 
 
+def _ids(heard: Iterable[Heard]) -> str:
+    return " ".join(f"{each.id}" for each in heard)
+
+
 def blocks(heard: Iterable[Heard]) -> list[bytes]:
     return [each.block for each in heard]
 
@@ -286,7 +290,8 @@ def check_turn(session: Session, stream: Stream, *, lost_from_replay: Sequence[H
     heard = stream.ended()
     check_stream(heard)
     lost = {each.id for each in lost_from_replay}
-    assert blocks(session.replay(stream.turn_id)) == blocks(each for each in heard if each.id not in lost)
+    replay, kept = session.replay(stream.turn_id), [each for each in heard if each.id not in lost]
+    assert blocks(replay) == blocks(kept), f"replayed {_ids(replay)}, heard {_ids(kept)}"
     turn = session.turn(stream.turn_id)
     assert heard[-1].payload["turn"] == turn
     steps = [step["step_id"] for step in turn["steps"]]

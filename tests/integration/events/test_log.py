@@ -164,3 +164,17 @@ def test_the_synchronous_log_reports_an_outage_and_goes_on(redis: Valkey) -> Non
     redis.start()
     assert sync.publish_end(new_turn(), [terminal(START)]) is True
     sync.close()
+
+
+async def test_connections_that_died_unseen_cost_nothing(log: EventLog, redis: Valkey) -> None:
+    """Nothing fails when Redis is there: an attempt that takes over asks for the dead one's tail just once."""
+    turn_id, events = await fenced(log), made(3)
+    await log.append(turn_id, 1, events)
+    sync = SyncLog(redis.url)
+    sync.ping()
+    for fence in (2, 3):
+        redis.ask("CLIENT KILL TYPE normal")
+        assert await log.raise_fence(turn_id, fence, START) == events
+        redis.ask("CLIENT KILL TYPE normal")
+        assert sync.raise_fence(turn_id, fence, START) == events
+    sync.close()
