@@ -51,7 +51,6 @@ class TcpProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._stall_at = b""
@@ -68,6 +67,7 @@ class TcpProxy:
     def __exit__(self, *_: object) -> None:
         self.refuse()
         self.cut()
+        asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result(_CONTROL_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CONTROL_SECONDS)
 
@@ -190,6 +190,13 @@ class TcpProxy:
                 connection.client.write(data)
                 await connection.client.drain()
         connection.client.close()
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
