@@ -39,9 +39,14 @@ class Lease(threading.Thread):
         self._loop = loop
         self._on_renewed = on_renewed
         self._on_lost = on_lost
-        self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease")
+        # Half a lease: a renewal that gets no answer is given up in time for another one, on a new connection.
+        self._store = Store(
+            settings.sqlalchemy_url, pool_size=1, name="lease", transaction_seconds=settings.lease_seconds / 2
+        )
         self._stopping = threading.Event()
-        self._loop_answered = time.monotonic()
+        self._loop_asked = 0.0
+        self._loop_answers = threading.Event()
+        self._loop_answers.set()
         self._valid_until = 0.0
         self.name_of_process = f"{socket.gethostname()}:{os.getpid()}"
         self.worker_id = ""
@@ -58,9 +63,10 @@ class Lease(threading.Thread):
         return worker_id == self.worker_id and time.monotonic() < self._valid_until
 
     def run(self) -> None:
-        while not self._stopping.wait(self._settings.heartbeat_seconds):
-            self._loop.call_soon_threadsafe(self._answer)
-            if time.monotonic() - self._loop_answered > self._settings.lease_seconds / 2:
+        next_renewal = time.monotonic() + self._settings.heartbeat_seconds
+        while not self._stopping.wait(max(0.0, next_renewal - time.monotonic())):
+            next_renewal = time.monotonic() + self._settings.heartbeat_seconds
+            if self._loop_is_stuck():
                 logger.warning("the event loop does not answer, so the lease is not renewed")
                 continue
             try:
@@ -80,8 +86,15 @@ class Lease(threading.Thread):
             logger.warning("the lease cannot be ended, it runs out by itself: %s", error)
         self._store.close()
 
-    def _answer(self) -> None:
-        self._loop_answered = time.monotonic()
+    def _loop_is_stuck(self) -> bool:
+        """Whether a question has been unanswered for half a lease. Asks the next one when the last was answered."""
+        now = time.monotonic()
+        if not self._loop_answers.is_set():
+            return now - self._loop_asked > self._settings.lease_seconds / 2
+        self._loop_answers.clear()
+        self._loop_asked = now
+        self._loop.call_soon_threadsafe(self._loop_answers.set)
+        return False
 
     def _renew(self) -> None:
         asked = time.monotonic()
