@@ -64,8 +64,8 @@ class Watchdog:
         self._wakes_at = math.inf
         self._closed = False
         self._of_thread = threading.local()
-        self._thread = threading.Thread(target=self._run, name=f"watchdog-{name}", daemon=True)
-        self._thread.start()
+        self._name = name
+        self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[Limit]:
@@ -73,6 +73,9 @@ class Watchdog:
         limit = self._of_thread.limit = Limit(time.monotonic() + seconds)
         with self._changed:
             self._limits.add(limit)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"watchdog-{self._name}", daemon=True)
+                self._thread.start()
             if limit.deadline < self._wakes_at:
                 self._changed.notify()
         try:
@@ -93,7 +96,8 @@ class Watchdog:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         with self._changed:

@@ -52,14 +52,10 @@ def upgrade(url: URL | str) -> None:
             f"Postgres is not available (DATABASE_URL): {str(error.orig).strip().partition('\n')[0]}"
         ) from error
     with connection:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
-        connection.commit()
-        try:
-            run(connection, command.upgrade, "head")
-        finally:
-            connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _LOCK})
-            connection.commit()
+        # A transaction's lock, not the session's: PgBouncer's transaction pooling knows no sessions. All revisions are
+        # one transaction.
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        run(connection, command.upgrade, "head")
 
 
 def require_head(url: URL) -> None:

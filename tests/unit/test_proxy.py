@@ -119,4 +119,10 @@ def test_a_reply_is_lost_after_the_server_has_answered(proxy: TcpProxy, server: 
             client.recv(1)
     with connect(proxy) as client:
         assert ask(client, b"COMMIT") == b"COMMIT"
+    proxy.lose_reply_after(b"COMMIT", since=b"INSERT")
+    with connect(proxy) as other, connect(proxy) as client:
+        assert ask(client, b"INSERT") == b"INSERT"
+        assert ask(other, b"COMMIT") == b"COMMIT"
+        client.sendall(b"COMMIT")
+        proxy.wait_lost()
     wait_until(lambda: proxy.connections == 0)
