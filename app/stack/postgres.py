@@ -45,7 +45,7 @@ _TABLES_LOCK = 0x63617261_00000002
 
 # A turn waits for the registry to be read again, so that a Postgres that does not answer must not hold it for minutes.
 KEY_VALUE_SECONDS = 5
-QUERY_SECONDS = 30
+QUERY_SECONDS = 10
 """A search among vectors, or the insertion of a document, may take so long; then Postgres counts as not answering."""
 LOCK_WAIT_SECONDS = 5
 DEFAULT_PORT = "5432"
