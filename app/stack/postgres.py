@@ -125,7 +125,8 @@ def backends(url: URL, pool_size: int) -> tuple[KeyValueConfig, SqlConfig]:
 
 def open_connection(parameters: dict[str, str]) -> psycopg2.extensions.connection:
     """Raises psycopg2.OperationalError: the server cannot be reached (within 5 s, unless set otherwise), or refuses."""
-    keywords: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **SILENT_SERVER, **parameters}
+    ours = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": "caravan-stack", **SILENT_SERVER}
+    keywords: dict[str, Any] = {**ours, **parameters}
     return psycopg2.connect(**keywords)
 
 
@@ -290,7 +291,7 @@ def _engine(config: SqlConfig) -> AsyncEngine:
     return create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
-            "dsn": asyncpg_dsn(config.parameters),
+            "dsn": asyncpg_dsn({"application_name": "caravan-stack-sql", **config.parameters}),
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": QUERY_SECONDS,
             # Behind PgBouncer's transaction pooling the next statement may meet another server connection, which knows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -13,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.domain.errors import OutcomeUnknown, Unavailable
-from app.store.limits import Watchdog
+from app.store.limits import Limit, Watchdog
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,7 +23,7 @@ CONNECT_TIMEOUT_SECONDS = 5
 TRANSACTION_SECONDS = 5
 """How long a transaction may take, unless its store says otherwise: beyond, Postgres counts as not answering."""
 THREAD_WAIT_SECONDS = 5
-"""How long a transaction may wait for one of its store's threads."""
+"""How long a transaction waits for one of its store's threads while Postgres answers nobody."""
 IDLE_SECONDS = 3
 """Postgres ends a transaction whose client is silent for so long: the locks of one that was stopped, or vanished with
 its machine, must not hold everybody else up. The longest that we do between two statements is to raise a fence (2 s).
@@ -40,8 +41,9 @@ class Store:
 
     Nothing here waits for ever. Where Postgres does not answer (it is down, unreachable, or hangs):
 
-    - A transaction that no thread has begun after `THREAD_WAIT_SECONDS` is withdrawn: it never begins. `Future.cancel`
-      decides between the two, so it is either withdrawn or run, and its caller waits for it if it is run.
+    - A transaction that waits for a thread is withdrawn when Postgres has answered nobody for `THREAD_WAIT_SECONDS`
+      (a queue that is merely long goes on): it never begins. `Future.cancel` decides between the two, so it is either
+      withdrawn or run, and its caller waits for it if it is run.
     - A transaction that takes longer than `transaction_seconds` has its connection cut (see `app.store.limits`), which
       its own thread then finds out at its next look at it. If that is before COMMIT was sent, then COMMIT is never
       sent, since nobody else has the connection; the server, however late it wakes, sees the connection end and rolls
@@ -70,6 +72,7 @@ class Store:
             },
         )
         self._transaction_seconds = transaction_seconds
+        self._answered = time.monotonic()
         self._watchdog = Watchdog(name)
         # First of all, so that what SQLAlchemy asks on a new connection is limited as well.
         event.listen(self.engine, "connect", self._connected, insert=True)
@@ -91,17 +94,28 @@ class Store:
         """
         with self._watchdog.limit(self._transaction_seconds) as limit:
             try:
-                try:
-                    return self._attempt(query, *args, **kwargs)
-                except _StaleConnection:
-                    if limit.over:
-                        raise
-                    return self._attempt(query, *args, **kwargs)
+                result = self._twice_if_stale(limit, query, *args, **kwargs)
             except Unavailable as error:
                 if not limit.over:
                     raise
                 kind = OutcomeUnknown if isinstance(error, OutcomeUnknown) else Unavailable
                 raise kind(f"Postgres did not answer within {self._transaction_seconds:g} s (DATABASE_URL)") from error
+        self._answered = time.monotonic()
+        return result
+
+    def _twice_if_stale(
+        self,
+        limit: Limit,
+        query: Callable[Concatenate[Connection, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        try:
+            return self._attempt(query, *args, **kwargs)
+        except _StaleConnection:
+            if limit.over:
+                raise
+            return self._attempt(query, *args, **kwargs)
 
     def _attempt(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -143,15 +157,23 @@ class Store:
         asked: Future[R] = self._threads.submit(call)
         answer = asyncio.wrap_future(asked)
         try:
-            await asyncio.wait([answer], timeout=THREAD_WAIT_SECONDS)
+            await self._begun_or_withdrawn(asked, answer)
         except asyncio.CancelledError:
             answer.cancel()
             raise
-        if asked.cancel():
-            raise Unavailable(
-                f"Postgres is not available (DATABASE_URL): no connection was free for {THREAD_WAIT_SECONDS} s"
-            )
         return await answer
+
+    async def _begun_or_withdrawn(self, asked: Future[R], answer: asyncio.Future[R]) -> None:
+        """Raises Unavailable: it was withdrawn."""
+        submitted = time.monotonic()
+        while not answer.done():
+            patience = max(submitted, self._answered) + THREAD_WAIT_SECONDS - time.monotonic()
+            if patience > 0:
+                await asyncio.wait([answer], timeout=patience)
+            elif asked.cancel():
+                raise Unavailable("Postgres is not available (DATABASE_URL): it has not answered others for a while")
+            else:
+                return
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)

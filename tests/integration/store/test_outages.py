@@ -182,12 +182,20 @@ async def test_what_was_withdrawn_never_runs(through: URL, proxy: TcpProxy, seed
     proxy.stall()
     first = asyncio.create_task(store.run(ping))
     await asyncio.sleep(0)
-    with pytest.raises(Unavailable, match="no connection was free"):
+    with pytest.raises(Unavailable, match="has not answered others"):
         await store.run(write, mark)
     proxy.flow()
     assert await first == 1
     assert await store.run(ping) == 1
     assert not written(seeds, mark)
+    store.close()
+
+
+async def test_a_queue_that_is_merely_long_goes_on(through: URL) -> None:
+    """Postgres answers, each time slowly: nobody is turned away, however long it takes."""
+    store = Store(through, pool_size=1, name="quick")
+    asked = [store.run(lambda connection: connection.scalar(text("SELECT pg_sleep(1.2)"))) for _ in range(6)]
+    assert len(await asyncio.gather(*asked)) == 6
     store.close()
 
 

@@ -1,4 +1,4 @@
-r"""What versions of this program have written stays readable for ever: segments in Postgres, lines and entries in Redis.
+"""What this program has ever written stays readable: segments in Postgres, lines and entries in Redis.
 
 Never change a constant here: they are what is in people's databases. A form that is written in a new way gets constants
 of its own. Two adjacent versions also read each other's: what one publishes, followers of the other get.
