@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -48,6 +49,7 @@ KEY_VALUE_SECONDS = 5
 QUERY_SECONDS = 10
 """A search among vectors, or the insertion of a document, may take so long; then Postgres counts as not answering."""
 LOCK_WAIT_SECONDS = 5
+TABLES_LOCK_SECONDS = 60
 DEFAULT_PORT = "5432"
 
 
@@ -371,13 +373,26 @@ def tables_lock(parameters: dict[str, str]) -> Iterator[None]:
     """Held while a stack creates its SQL tables, since llama_stack's way of doing so fails when two do it at once.
 
     A transaction's lock, and so a transaction that stays open meanwhile: behind PgBouncer's transaction pooling nothing
-    else keeps a server connection.
+    else keeps a server connection. Whoever waits asks again and again, lest those who wait take every connection of a
+    small pool, and the holder finds none to create tables with. Raises psycopg2.OperationalError: no luck for 60 s.
     """
     database = open_connection(parameters)
     try:
-        with database.cursor() as cursor:
-            cursor.execute("SET LOCAL lock_timeout = '60s'; SET LOCAL idle_in_transaction_session_timeout = 0")
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_TABLES_LOCK,))
+        _take_tables_lock(database)
         yield
     finally:
         database.close()
+
+
+def _take_tables_lock(database: psycopg2.extensions.connection) -> None:
+    deadline = time.monotonic() + TABLES_LOCK_SECONDS
+    while True:
+        with database.cursor() as cursor:
+            cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", (_TABLES_LOCK,))
+            if (cursor.fetchone() or (False,))[0]:
+                return
+        database.rollback()
+        if time.monotonic() > deadline:
+            raise psycopg2.OperationalError(f"another process has been starting for {TABLES_LOCK_SECONDS} s")
+        time.sleep(0.1)

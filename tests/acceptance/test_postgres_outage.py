@@ -195,18 +195,13 @@ def post_turns(caravan: Caravan, agent: Agent, count: int) -> list[httpx.Respons
     return asyncio.run(post())
 
 
-@pytest.mark.parametrize(
-    ("caravan", "outage"),
-    [("turn-pool", "killed"), ("turn-pool", "stopped"), ("turn-pool", "stalled"), ("prefork", "killed")],
-    indirect=["caravan"],
-)
-def test_turns_wait_for_postgres_and_go_on(
+def turns_wait_and_go_on(
     caravan: Fragile, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel, outage: str
 ) -> None:
     """One streams throughout, one is to record its end meanwhile, one waits for its model: none costs an attempt.
 
     New turns get 503 and Retry-After in bounded time, and do not exist afterwards. Health answers. Then everything
-    works again, without a restart of anything: turns, and the mounted Llama Stack's registry and conversations.
+    works again, without a restart of anything: turns, and the mounted Llama Stack's registry, vectors, conversations.
     """
     gate = uuid.uuid4().hex
     refused = make_agent()
@@ -243,6 +238,15 @@ def test_turns_wait_for_postgres_and_go_on(
 
 
 @pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_turns_wait_for_postgres_and_go_on(
+    caravan: Fragile, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel, outage: str
+) -> None:
+    """Killed and restarted, stopped with SIGSTOP and continued, unreachable: each for ten seconds."""
+    turns_wait_and_go_on(caravan, make_agent, http, model, outage)
+
+
+@pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
 def test_the_workers_connections_alone_are_cut(caravan: Fragile, make_agent: AgentMaker, model: ScriptedModel) -> None:
     """All at once, in mid-stream, again and again: the worker connects anew, and keeps its lease and its turn."""
     follower = Following(caravan, make_agent(), "PARTS 60 50 | SAY end")
@@ -262,3 +266,11 @@ def test_the_reply_to_a_record_is_lost(caravan: Fragile, make_agent: AgentMaker,
     model.release(gate)
     caravan.to_worker.wait_lost()
     follower.assert_went_on(caravan, "a b ")
+
+
+@pytest.mark.parametrize("caravan", ["prefork"], indirect=True)
+def test_turns_in_prefork_children_wait_for_postgres_and_go_on(
+    caravan: Fragile, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
+) -> None:
+    """Each child has connections and a lease of its own."""
+    turns_wait_and_go_on(caravan, make_agent, http, model, "killed")
