@@ -21,6 +21,9 @@ from app.store.workers import Renewal
 
 logger = logging.getLogger(__name__)
 
+LEAST_PATIENCE_SECONDS = 2.0
+"""A busy machine may need so long to connect."""
+
 
 class Lease(threading.Thread):
     """Calls back on the loop: `on_renewed` at each renewal with what Postgres says of this worker's turns, `on_lost`
@@ -40,9 +43,8 @@ class Lease(threading.Thread):
         self._on_renewed = on_renewed
         self._on_lost = on_lost
         # Half a lease: a renewal that gets no answer is given up in time for another one, on a new connection.
-        self._store = Store(
-            settings.sqlalchemy_url, pool_size=1, name="lease", transaction_seconds=settings.lease_seconds / 2
-        )
+        patience = max(LEAST_PATIENCE_SECONDS, settings.lease_seconds / 2)
+        self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease", transaction_seconds=patience)
         self._stopping = threading.Event()
         self._loop_asked = 0.0
         self._loop_answers = threading.Event()
