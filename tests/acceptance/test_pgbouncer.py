@@ -114,7 +114,8 @@ def test_tools_of_the_server_and_of_the_client(make_agent: AgentMaker, model: Sc
             tool_responses=[{"call_id": call.call_id, "tool_name": call.tool_name, "content": "100"}],
             stream=True,
         )
-        last = list(resumed)[-1].event.payload.turn
+        chunks = list(resumed)
+        last = chunks[-1].event.payload.turn
     assert last.output_message.content == "The tool said: 100 "
     assert [step.step_type for step in last.steps].count("tool_execution") == 2
 
