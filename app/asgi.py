@@ -111,7 +111,9 @@ async def _open(settings: Settings, store: Store, opened: AsyncExitStack) -> Ser
     opened.callback(sync_log.close)
     doorbell = Doorbell()
     opened.callback(doorbell.close)
-    upkeep_store = Store(settings.sqlalchemy_url, pool_size=1, name="web-upkeep")
+    upkeep_store = Store(
+        settings.sqlalchemy_url, pool_size=1, name="web-upkeep", transaction_seconds=Upkeep.TRANSACTION_SECONDS
+    )
     opened.callback(upkeep_store.close)
     upkeep = Upkeep(settings, Endings(upkeep_store, sync_log, doorbell))
     upkeep.start()

@@ -35,7 +35,13 @@ class Runner(Protocol):
 
 
 class Upkeep(threading.Thread):
-    """A daemon thread; `stop` ends it. `runner`: in a worker, takes turns while the broker is down."""
+    """A daemon thread; `stop` ends it. `runner`: in a worker, takes turns while the broker is down.
+
+    The store of its `endings` is its own, and has `TRANSACTION_SECONDS`.
+    """
+
+    TRANSACTION_SECONDS = 60
+    """An agent with many turns takes a while to delete, and nobody waits for it."""
 
     def __init__(self, settings: Settings, endings: Endings, runner: Runner | None = None) -> None:
         super().__init__(name="upkeep", daemon=True)
@@ -58,6 +64,7 @@ class Upkeep(threading.Thread):
                 self._distrust()
                 logger.warning("upkeep waits: %s", error)
             except Exception:
+                self._distrust()
                 logger.exception("upkeep failed, and goes on")
 
     def once(self) -> None:

@@ -21,6 +21,9 @@ from app.store.workers import Renewal
 
 logger = logging.getLogger(__name__)
 
+LEAST_PATIENCE_SECONDS = 2.0
+"""A busy machine may need so long to connect."""
+
 
 class Lease(threading.Thread):
     """Calls back on the loop: `on_renewed` at each renewal with what Postgres says of this worker's turns, `on_lost`
@@ -39,9 +42,13 @@ class Lease(threading.Thread):
         self._loop = loop
         self._on_renewed = on_renewed
         self._on_lost = on_lost
-        self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease")
+        # Half a lease: a renewal that gets no answer is given up in time for another one, on a new connection.
+        patience = max(LEAST_PATIENCE_SECONDS, settings.lease_seconds / 2)
+        self._store = Store(settings.sqlalchemy_url, pool_size=1, name="lease", transaction_seconds=patience)
         self._stopping = threading.Event()
-        self._loop_answered = time.monotonic()
+        self._loop_asked = 0.0
+        self._loop_answers = threading.Event()
+        self._loop_answers.set()
         self._valid_until = 0.0
         self.name_of_process = f"{socket.gethostname()}:{os.getpid()}"
         self.worker_id = ""
@@ -58,9 +65,10 @@ class Lease(threading.Thread):
         return worker_id == self.worker_id and time.monotonic() < self._valid_until
 
     def run(self) -> None:
-        while not self._stopping.wait(self._settings.heartbeat_seconds):
-            self._loop.call_soon_threadsafe(self._answer)
-            if time.monotonic() - self._loop_answered > self._settings.lease_seconds / 2:
+        next_renewal = time.monotonic() + self._settings.heartbeat_seconds
+        while not self._stopping.wait(max(0.0, next_renewal - time.monotonic())):
+            next_renewal = time.monotonic() + self._settings.heartbeat_seconds
+            if self._loop_is_stuck():
                 logger.warning("the event loop does not answer, so the lease is not renewed")
                 continue
             try:
@@ -80,8 +88,15 @@ class Lease(threading.Thread):
             logger.warning("the lease cannot be ended, it runs out by itself: %s", error)
         self._store.close()
 
-    def _answer(self) -> None:
-        self._loop_answered = time.monotonic()
+    def _loop_is_stuck(self) -> bool:
+        """Whether a question has been unanswered for half a lease. Asks the next one when the last was answered."""
+        now = time.monotonic()
+        if not self._loop_answers.is_set():
+            return now - self._loop_asked > self._settings.lease_seconds / 2
+        self._loop_answers.clear()
+        self._loop_asked = now
+        self._loop.call_soon_threadsafe(self._loop_answers.set)
+        return False
 
     def _renew(self) -> None:
         asked = time.monotonic()

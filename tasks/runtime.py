@@ -61,7 +61,12 @@ class Runtime:
         """Comes up wholly, Llama Stack included. Raises Unavailable, or what the Llama Stack raises."""
         self._thread.start()
         self._store = Store(self._settings.sqlalchemy_url, pool_size=self._settings.database_pool_size, name="worker")
-        self._upkeep_store = Store(self._settings.sqlalchemy_url, pool_size=1, name="worker-upkeep")
+        self._upkeep_store = Store(
+            self._settings.sqlalchemy_url,
+            pool_size=1,
+            name="worker-upkeep",
+            transaction_seconds=Upkeep.TRANSACTION_SECONDS,
+        )
         self._doorbell = Doorbell()
         self._sync_log = SyncLog(self._settings.redis_url.get_secret_value())
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_SECONDS)

@@ -21,7 +21,7 @@ from app.api.identifiers import AgentId, SessionId, StepId, TurnId
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import TurnStream
 from app.domain import shapes
-from app.domain.errors import InvalidRequest, NotFound, TurnFailure, Unavailable
+from app.domain.errors import InvalidRequest, NotFound, OutcomeUnknown, TurnFailure
 from app.domain.events import START, Event, EventId
 from app.domain.turns import ENDED, MultitaskStrategy, TurnStatus
 from app.store import admission, agents, turns
@@ -116,7 +116,7 @@ async def _accept(service: Service, asked: Submission) -> Accepted:
     """A lost commit reply is resolved by reading the turn's id again."""
     try:
         return await service.store.run(admission.accept, asked, service.endings.log.raise_fence)
-    except Unavailable:
+    except OutcomeUnknown:
         if not await service.store.run(turns.standings, [asked.turn_id]):
             raise
         return Accepted(asked.turn_id)
@@ -150,7 +150,7 @@ async def _resume(service: Service, turn: TurnRow, asked: Resumption) -> Accepte
     """A lost commit reply is resolved by reading the turn again."""
     try:
         return await service.store.run(admission.resume, asked)
-    except Unavailable:
+    except OutcomeUnknown:
         standing = (await service.store.run(turns.standings, [asked.turn_id])).get(asked.turn_id)
         if standing is None or standing.status == TurnStatus.AWAITING_INPUT:
             raise

@@ -10,6 +10,7 @@ import typer
 from app.cli.errors import CommandError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+TRANSACTION_SECONDS = 600  # a hundred sessions may hold much, and counting them all looks at each
 
 
 def prune(
@@ -29,7 +30,7 @@ def prune(
     from app.store import prune as rows
 
     migrate.require_head(get_settings().sqlalchemy_url)
-    store = Store(get_settings().sqlalchemy_url, pool_size=2, name="cli")
+    store = Store(get_settings().sqlalchemy_url, pool_size=2, name="cli", transaction_seconds=TRANSACTION_SECONDS)
     try:
         if dry_run:
             print(f"{store.transact(rows.idle_sessions, age)} sessions have been idle for {older_than}")

@@ -53,6 +53,10 @@ class Unavailable(CaravanError):
     """A server that this needs cannot be reached; worth trying again later (503)."""
 
 
+class OutcomeUnknown(Unavailable):
+    """The server went away while it was told to commit: it may have done so, may do so yet, or never will."""
+
+
 class AttemptLost(CaravanError):
     """This worker owns the turn no longer: somebody claimed, requeued or ended it. Only the attempt is over."""
 

@@ -81,7 +81,7 @@ class Postgres(Server):
             "port": str(self.port),
             "unix_socket_directories": "",
             "max_connections": "200",
-            **({} if self._fsync else {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}),
+            **({} if self._fsync else {"fsync": "off", "full_page_writes": "off"}),
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         return [binary("postgres"), "-D", self.data, *options]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -24,6 +25,9 @@ from llama_stack.providers.utils.kvstore.api import KVStore
 from psycopg2 import sql
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from app.store.limits import Watchdog
+from app.store.store import CONNECT_TIMEOUT_SECONDS, SILENT_SERVER
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,11 @@ _SCHEMA_LOCK = 0x63617261_00000001
 _TABLES_LOCK = 0x63617261_00000002
 
 # A turn waits for the registry to be read again, so that a Postgres that does not answer must not hold it for minutes.
-CONNECT_TIMEOUT_SECONDS = 5
+KEY_VALUE_SECONDS = 5
+QUERY_SECONDS = 10
+"""A search among vectors, or the insertion of a document, may take so long; then Postgres counts as not answering."""
+LOCK_WAIT_SECONDS = 5
+TABLES_LOCK_SECONDS = 60
 DEFAULT_PORT = "5432"
 
 
@@ -119,7 +127,8 @@ def backends(url: URL, pool_size: int) -> tuple[KeyValueConfig, SqlConfig]:
 
 def open_connection(parameters: dict[str, str]) -> psycopg2.extensions.connection:
     """Raises psycopg2.OperationalError: the server cannot be reached (within 5 s, unless set otherwise), or refuses."""
-    keywords: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **parameters}
+    ours = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": "caravan-stack", **SILENT_SERVER}
+    keywords: dict[str, Any] = {**ours, **parameters}
     return psycopg2.connect(**keywords)
 
 
@@ -133,23 +142,42 @@ class Connection:
         self._parameters = parameters
         self._lock = threading.RLock()
         self._connection: Any = None
+        self._watchdog = Watchdog("stack")
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
+        """Raises psycopg2.OperationalError: Postgres cannot be reached, or others have waited for it for 5 s."""
+        with self._locked():
             if self._connection is None or self._connection.closed:
                 self._connection = open_connection(self._parameters)
                 self._connection.autocommit = True
+            self._watchdog.watch(self._connection)
             return self._connection.cursor(*args, **kwargs)
 
     def run[T](self, work: Callable[[Any], T]) -> T:
         """What `work` returns for a cursor; tried once more where it found that the connection had been lost."""
-        with self._lock:
+        with self._locked():
+            return self.limited(lambda: self._attempt(work), KEY_VALUE_SECONDS)
+
+    def limited[T](self, work: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
+        """What `work` returns, which uses cursors of this connection; tried once more where that had been lost."""
+        with self._watchdog.limit(seconds) as limit:
+            used = self._connection
             try:
-                return self._attempt(work)
+                return work()
             except (psycopg2.OperationalError, psycopg2.InterfaceError):
-                if self._connection is not None and not self._connection.closed:
+                lost = used is None or used.closed
+                if limit.over or not lost:
                     raise
-                return self._attempt(work)
+                return work()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=LOCK_WAIT_SECONDS):
+            raise psycopg2.OperationalError(f"Postgres did not answer another query within {LOCK_WAIT_SECONDS} s")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _attempt[T](self, work: Callable[[Any], T]) -> T:
         with self.cursor() as cursor:
@@ -168,7 +196,10 @@ _engines: dict[tuple[asyncio.AbstractEventLoop, str], AsyncEngine] = {}
 
 def connection(parameters: dict[str, str]) -> Connection:
     """The process's connection for these libpq parameters."""
-    return _connections.setdefault(tuple(sorted(parameters.items())), Connection(parameters))
+    key = tuple(sorted(parameters.items()))
+    if key not in _connections:
+        _connections[key] = Connection(parameters)
+    return _connections[key]
 
 
 class KeyValueStore(KVStore):
@@ -261,9 +292,19 @@ def shared_engine(create: Callable[[Any], AsyncEngine]) -> Callable[[Any], Async
 def _engine(config: SqlConfig) -> AsyncEngine:
     return create_async_engine(
         "postgresql+asyncpg://",
-        connect_args={"dsn": asyncpg_dsn(config.parameters), "timeout": CONNECT_TIMEOUT_SECONDS},
+        connect_args={
+            "dsn": asyncpg_dsn({"application_name": "caravan-stack-sql", **config.parameters}),
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": QUERY_SECONDS,
+            # Behind PgBouncer's transaction pooling the next statement may meet another server connection, which knows
+            # none of the statements prepared before: each is unnamed, and used in the transaction that prepared it.
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": lambda: "",
+        },
         pool_size=config.pool_size,
         max_overflow=0,
+        pool_timeout=CONNECT_TIMEOUT_SECONDS,
         pool_pre_ping=True,
     )
 
@@ -329,12 +370,29 @@ def _create_vector_extension(cursor: Any) -> bool:
 
 @contextmanager
 def tables_lock(parameters: dict[str, str]) -> Iterator[None]:
-    """Held while a stack creates its SQL tables, since llama_stack's way of doing so fails when two do it at once."""
+    """Held while a stack creates its SQL tables, since llama_stack's way of doing so fails when two do it at once.
+
+    A transaction's lock, and so a transaction that stays open meanwhile: behind PgBouncer's transaction pooling nothing
+    else keeps a server connection. Whoever waits asks again and again, lest those who wait take every connection of a
+    small pool, and the holder finds none to create tables with. Raises psycopg2.OperationalError: no luck for 60 s.
+    """
     database = open_connection(parameters)
     try:
-        with database.cursor() as cursor:
-            cursor.execute("SET lock_timeout = '60s'")
-            cursor.execute("SELECT pg_advisory_lock(%s)", (_TABLES_LOCK,))
+        _take_tables_lock(database)
         yield
     finally:
         database.close()
+
+
+def _take_tables_lock(database: psycopg2.extensions.connection) -> None:
+    deadline = time.monotonic() + TABLES_LOCK_SECONDS
+    while True:
+        with database.cursor() as cursor:
+            cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", (_TABLES_LOCK,))
+            if (cursor.fetchone() or (False,))[0]:
+                return
+        database.rollback()
+        if time.monotonic() > deadline:
+            raise psycopg2.OperationalError(f"another process has been starting for {TABLES_LOCK_SECONDS} s")
+        time.sleep(0.1)

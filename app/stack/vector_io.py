@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-import psycopg2
 from llama_stack.apis.common.errors import VectorStoreNotFoundError
 from llama_stack.apis.vector_stores import VectorStore
 from llama_stack.core.storage.datatypes import KVStoreReference
@@ -51,14 +50,9 @@ class Index(PGVectorIndex):
     async def _in_thread(self, name: str, *args: Any) -> Any:
         method = getattr(PGVectorIndex, name)
 
-        def work() -> Any:
-            try:
-                return _finish(method(self, *args))
-            except (psycopg2.OperationalError, psycopg2.InterfaceError):
-                # The connection was lost; the next cursor opens a new one. Every query here may be run twice.
-                return _finish(method(self, *args))
-
-        return await asyncio.to_thread(work)
+        connection: Connection = self.conn
+        # Every query here may be run twice, should the connection be lost.
+        return await asyncio.to_thread(connection.limited, lambda: _finish(method(self, *args)))
 
     async def initialize(self) -> None:
         await self._in_thread("initialize")
@@ -80,7 +74,7 @@ class Index(PGVectorIndex):
         ids = [chunk.chunk_id for chunk in chunks_for_deletion]
         connection: Connection = self.conn
         statement = f"DELETE FROM {self.table_name} WHERE id = ANY(%s)"  # noqa: S608 (a sanitized identifier)
-        await asyncio.to_thread(connection.run, lambda cursor: cursor.execute(statement, (ids,)))
+        await asyncio.to_thread(connection.limited, lambda: connection.cursor().execute(statement, (ids,)))
 
 
 class VectorStores(PGVectorVectorIOAdapter):
@@ -113,7 +107,8 @@ class VectorStores(PGVectorVectorIOAdapter):
 
     async def register_vector_store(self, vector_store: VectorStore) -> None:
         await self.kvstore.set(f"{VECTOR_DBS_PREFIX}{vector_store.identifier}", vector_store.model_dump_json())
-        await asyncio.to_thread(upsert_models, self.conn, [(vector_store.identifier, vector_store)])
+        entry = (vector_store.identifier, vector_store)
+        await asyncio.to_thread(self.conn.limited, lambda: upsert_models(self.conn, [entry]))
         await self._remember(vector_store)
 
     async def unregister_vector_store(self, vector_store_id: str) -> None:

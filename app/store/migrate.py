@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from app.domain.errors import Unavailable
 from app.settings import SettingsError
 from app.store.store import Store
 
+logger = logging.getLogger(__name__)
+
 _LOCK = 0x6361_7261_7661_6E  # "caravan": two processes that start together migrate one after the other
+_FOLLOWS = "follows revision "
+_NOTE = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
 
 def _config() -> Config:
@@ -39,10 +44,12 @@ def current(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def upgrade(url: URL | str) -> None:
-    """Migrates the database at `url` to `head`, under an advisory lock; does nothing if it is there already.
+def upgrade(url: URL | str) -> str:
+    """Migrates the database at `url` to `head`, under an advisory lock; gives the revision that it has then.
 
-    Raises Unavailable: the database cannot be reached.
+    Does nothing if it is there already, or if the next version has migrated it. Notes which revision `head` follows,
+    for `check` of the version before. Raises Unavailable: the database cannot be reached. Raises SettingsError: it is
+    of a much newer version.
     """
     engine = create_engine(make_url(url).set(drivername="postgresql+psycopg2"), poolclass=NullPool)
     try:
@@ -52,31 +59,62 @@ def upgrade(url: URL | str) -> None:
             f"Postgres is not available (DATABASE_URL): {str(error.orig).strip().partition('\n')[0]}"
         ) from error
     with connection:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
+        # A transaction's lock, not the session's: PgBouncer's transaction pooling knows no sessions. All revisions are
+        # one transaction.
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        revision = current(connection)
+        if revision is not None and not _known(revision):
+            return check(connection)
+        _act(connection, command.upgrade, "head")
+        connection.execute(text(f"COMMENT ON TABLE alembic_version IS '{_FOLLOWS}{_previous() or ''}'"))
         connection.commit()
-        try:
-            run(connection, command.upgrade, "head")
-        finally:
-            connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _LOCK})
-            connection.commit()
+    return head()
+
+
+def check(connection: Connection) -> str:
+    """Whether this version works with the database's schema; gives its revision.
+
+    It may be one revision ahead: that of the next version, which is being installed, process by process. What a
+    revision may change is therefore limited, see tests/migrations/test_adjacent_revisions.py. Raises SettingsError.
+    """
+    revision, needed = current(connection), head()
+    if revision == needed:
+        return revision
+    if revision is None or _known(revision):
+        found = f"revision {revision}" if revision else "no schema"
+        raise SettingsError(f"the database has {found}, this version needs {needed}: run `caravan migrate`")
+    if connection.scalar(_NOTE) == f"{_FOLLOWS}{needed}":
+        logger.warning("the database has revision %s, the next one after this version's %s", revision, needed)
+        return revision
+    raise SettingsError(f"the database has revision {revision}, which is much newer than this version's {needed}")
+
+
+def _known(revision: str) -> bool:
+    return any(script.revision == revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
+
+
+def _previous() -> str | None:
+    """The revision before `head`."""
+    script = ScriptDirectory.from_config(_config()).get_revision(head())
+    return str(script.down_revision) if script.down_revision else None
 
 
 def require_head(url: URL) -> None:
-    """For the start of a process. Raises SettingsError: the database has another revision. Raises Unavailable."""
+    """`check` for the start of a process. Raises SettingsError, Unavailable."""
     store = Store(url, pool_size=1, name="start")
     try:
-        revision = store.transact(current)
+        store.transact(check)
     finally:
         store.close()
-    if revision != head():
-        found = f"revision {revision}" if revision else "no schema"
-        raise SettingsError(f"the database has {found}, this version needs {head()}: run `caravan migrate`")
 
 
 def run(connection: Connection, action: Any, *arguments: Any) -> None:
-    """Runs one of Alembic's commands on an open connection."""
+    """Runs one of Alembic's commands on an open connection, and commits."""
+    _act(connection, action, *arguments)
+    connection.commit()
+
+
+def _act(connection: Connection, action: Any, *arguments: Any) -> None:
     config = _config()
     config.attributes["connection"] = connection
     action(config, *arguments)
-    connection.commit()

@@ -87,11 +87,14 @@ def live_workers(connection: Connection) -> list[WorkerRow]:
 def mark_dead(connection: Connection, lease_seconds: float) -> int:
     """Marks workers whose lease is over, checking it again in the statement; not within a lease of Postgres's start."""
     now = func.clock_timestamp()
-    expired = update(workers).where(
+    over = (
         workers.c.dead_at.is_(None),
         workers.c.lease_until < now,
         func.pg_postmaster_start_time() + seconds(lease_seconds) < now,
     )
+    # A locked row is being renewed or marked; or its worker was stopped in mid-renewal, and must not stop everybody.
+    free = select(workers.c.worker_id).where(*over).with_for_update(skip_locked=True, key_share=True)
+    expired = update(workers).where(workers.c.worker_id.in_(free), *over)
     return connection.execute(expired.values(dead_at=now)).rowcount
 
 

@@ -27,6 +27,7 @@ class _Connection:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     seen: bytes = b""
+    may_lose: bool = False
     lose_next_answer: bool = False
 
 
@@ -39,7 +40,8 @@ class TcpProxy:
       are accepted, and wait. `flow()` forwards what has piled up, late as it is.
     - `stall_at(pattern)` stalls by itself when a client sends `pattern`, before it is forwarded.
     - `lose_reply_after(pattern)` forwards the client's bytes that contain `pattern`, waits until the server answers,
-      and then resets the client's connection instead of passing the answer on.
+      and then resets the client's connection instead of passing the answer on. With `since`, only on a connection
+      whose client has sent that before: `lose_reply_after(b"COMMIT", since=b"INSERT INTO turns")`.
 
     For TLS it is of no use to look for a pattern: connect with `sslmode=disable`.
     """
@@ -51,12 +53,11 @@ class TcpProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._stall_at = b""
         self._stalled = threading.Event()
-        self._lose_after = b""
+        self._lose_after = self._lose_since = b""
         self._losses_left = 0
         self._lost = threading.Semaphore(0)
 
@@ -68,6 +69,7 @@ class TcpProxy:
     def __exit__(self, *_: object) -> None:
         self.refuse()
         self.cut()
+        asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result(_CONTROL_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CONTROL_SECONDS)
 
@@ -124,11 +126,13 @@ class TcpProxy:
         if not self._stalled.wait(timeout):
             raise TimeoutError(f"nobody sent {self._stall_at!r} within {timeout} s")
 
-    def lose_reply_after(self, pattern: bytes, times: int = 1) -> None:
+    def lose_reply_after(self, pattern: bytes, times: int = 1, *, since: bytes = b"") -> None:
         """For the next `times` answers; wait for each with `wait_lost`. `times=0` ends it."""
 
         def arm() -> None:
-            self._lose_after, self._losses_left = pattern, times
+            self._lose_after, self._losses_left, self._lose_since = pattern, times, since
+            for connection in self._connections:
+                connection.may_lose = False
 
         self._control(arm)
 
@@ -172,11 +176,12 @@ class TcpProxy:
             self._stall_at = b""
             self._flowing.clear()
             self._stalled.set()
-        if self._losses_left and self._lose_after in recent:
+        connection.may_lose |= self._lose_since in recent
+        if self._losses_left and connection.may_lose and self._lose_after in recent:
             self._losses_left -= 1
             connection.lose_next_answer = True
             recent = b""
-        longest = max(len(self._stall_at), len(self._lose_after))
+        longest = max(len(self._stall_at), len(self._lose_after), len(self._lose_since))
         connection.seen = recent[-(longest - 1) :] if longest > 1 else b""
 
     async def _downstream(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
@@ -190,6 +195,13 @@ class TcpProxy:
                 connection.client.write(data)
                 await connection.client.drain()
         connection.client.close()
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -42,6 +42,16 @@ def test_a_lease_that_ran_out_is_found_dead_once_and_never_renewed(seeds: Seeds)
     assert seeds.store.transact(workers.mark_dead, 0.05) == 0
 
 
+def test_a_worker_stopped_in_mid_renewal_holds_no_reaper_up(seeds: Seeds) -> None:
+    """Its row is locked: it is left for later, and the others are found dead."""
+    stopped, expired = seeds.worker(0), seeds.worker(0)
+    with seeds.store.engine.begin() as renewing:
+        workers.renew(renewing, stopped, 0)
+        soon(lambda: seeds.store.transact(workers.mark_dead, 0.01) == 1)
+        assert seeds.store.transact(workers.renew, expired, 60) is None
+    assert seeds.store.transact(workers.mark_dead, 0.01) == 1
+
+
 def test_nobody_reaps_within_one_lease_of_postgres_start(seeds: Seeds) -> None:
     """After an outage of Postgres no worker had a chance to renew."""
     expired = seeds.worker(0)

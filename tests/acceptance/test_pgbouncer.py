@@ -1,0 +1,157 @@
+"""Everything through PgBouncer in transaction mode, over a pool much smaller than the connections that it serves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psycopg2
+import pytest
+from celery import Celery
+
+from app.local.postgres import Postgres
+from tests.acceptance.conftest import AgentMaker, Caravan, web_process
+from tests.acceptance.test_turns import BOILING_POINT
+from tests.conftest import create_database
+from tests.support import ROOT
+from tests.support.mcp_server import McpServer
+from tests.support.nodes import TURN_POOL, worker_node
+from tests.support.pgbouncer import PgBouncer
+from tests.support.scripted_model import ScriptedModel
+
+POOL_SIZE = 6
+TURNS = 24
+
+
+@pytest.fixture(scope="module")
+def pgbouncer(postgres: Postgres, server_directory: Path) -> Iterator[PgBouncer]:
+    directory = server_directory / "pgbouncer"
+    directory.mkdir(mode=0o755)
+    with PgBouncer(directory, create_database(postgres.url, "pooled"), POOL_SIZE) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def caravan(environment: dict[str, str], pgbouncer: PgBouncer, server_directory: Path) -> Iterator[Caravan]:
+    """Migrated and run through PgBouncer alone, by two at once each: two web processes and a worker."""
+    queue = environment["REDIS_URL"].rpartition("/")[0] + "/8"
+    settings = environment | {"DATABASE_URL": pgbouncer.url, "REDIS_URL": queue}
+    for migrating in [command(settings, "migrate") for _ in range(2)]:
+        output, _ = migrating.communicate(timeout=60)
+        assert migrating.returncode == 0, output
+    url, web = web_process(settings, server_directory / "pooled-web.log")
+    _, other = web_process(settings, server_directory / "pooled-other.log")
+    other.start()
+    worker = worker_node(TURN_POOL, settings, server_directory / "pooled-worker.log", Celery())
+    try:
+        with web:
+            other.wait_ready()
+            assert worker.ready()
+            yield Caravan(url, settings, web, worker)
+    finally:
+        worker.teardown()
+        other.stop()
+
+
+def command(settings: dict[str, str], name: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-c", "from app.cli import main; main()", name]
+    return subprocess.Popen(
+        program,
+        cwd=ROOT,
+        env={**os.environ, **settings, "CELERY_BROKER_URL": settings["REDIS_URL"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_many_turns_at_once_and_few_connections(
+    caravan: Caravan, make_agent: AgentMaker, http: httpx.Client, postgres: Postgres
+) -> None:
+    """24 turns of 24 sessions complete, each with its own answer, over at most 6 connections to Postgres."""
+    agent = make_agent()
+
+    def run(number: int) -> str:
+        session = http.post(f"/v1/agents/{agent.agent_id}/session", json={"session_name": str(number)}).json()
+        body = {"messages": [{"role": "user", "content": f"CHUNKS 20 20 | SAY {number}"}], "stream": False}
+        path = f"/v1/agents/{agent.agent_id}/session/{session['session_id']}/turn"
+        answer = httpx.post(caravan.url + path, json=body, timeout=60).raise_for_status().json()
+        return str(answer["output_message"]["content"])
+
+    with ThreadPoolExecutor(TURNS) as pool:
+        answers = list(pool.map(run, range(TURNS)))
+    assert answers == ["".join(f"w{n} " for n in range(20))] * TURNS
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'pooled'"
+    connection = psycopg2.connect(postgres.url)
+    with connection.cursor() as cursor:
+        cursor.execute(connections)
+        assert 1 <= (cursor.fetchone() or (0,))[0] <= POOL_SIZE
+    connection.close()
+
+
+def test_tools_of_the_server_and_of_the_client(make_agent: AgentMaker, model: ScriptedModel) -> None:
+    """The ledger, a resume, and the registry that the worker reads again."""
+    with McpServer() as server:
+        agent = make_agent(client_tools=[BOILING_POINT])
+        group = f"mcp::{uuid.uuid4().hex[:8]}"
+        agent.client.toolgroups.register(
+            provider_id="model-context-protocol", toolgroup_id=group, mcp_endpoint={"uri": server.url}
+        )
+        chunks = agent.turn('CALL add {"a": 2, "b": 3} | CALL get_boiling_point {"liquid": "tea"}', toolgroups=[group])
+        turn = chunks[-1].event.payload.turn
+        [call] = turn.output_message.tool_calls
+        resumed = agent.client.alpha.agents.turn.resume(
+            turn.turn_id,
+            agent_id=agent.agent_id,
+            session_id=agent.session_id,
+            tool_responses=[{"call_id": call.call_id, "tool_name": call.tool_name, "content": "100"}],
+            stream=True,
+        )
+        chunks = list(resumed)
+        last = chunks[-1].event.payload.turn
+    assert last.output_message.content == "The tool said: 100 "
+    assert [step.step_type for step in last.steps].count("tool_execution") == 2
+
+
+def test_the_llama_stacks_own_routes(make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel) -> None:
+    """Conversations (asyncpg), many at once, so that their statements meet other server connections; vectors."""
+    items = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]}]
+
+    def converse(number: int) -> str:
+        with httpx.Client(base_url=http.base_url, timeout=60) as client:
+            created = client.post("/v1/conversations", json={"metadata": {"n": str(number)}}).raise_for_status().json()
+            path = f"/v1/conversations/{created['id']}"
+            client.post(f"{path}/items", json={"items": items}).raise_for_status()
+            assert len(client.get(f"{path}/items").raise_for_status().json()["data"]) == 1
+            return str(client.get(path).raise_for_status().json()["metadata"]["n"])
+
+    with ThreadPoolExecutor(TURNS) as pool:
+        assert list(pool.map(converse, range(TURNS))) == [str(number) for number in range(TURNS)]
+    embedding = {"model_id": "embed", "provider_id": "model-server", "model_type": "embedding"}
+    http.post("/v1/models", json=embedding | {"metadata": {"embedding_dimension": 8}}).raise_for_status()
+    store = {"name": "notes", "embedding_model": "embed", "embedding_dimension": 8}
+    store_id = http.post("/v1/vector_stores", json=store).raise_for_status().json()["id"]
+    chunk = {"content": "camels", "metadata": {}, "chunk_metadata": {"chunk_id": "c", "document_id": "d"}}
+    http.post("/v1/vector-io/insert", json={"vector_db_id": store_id, "chunks": [chunk]}).raise_for_status()
+    found = http.post(f"/v1/vector_stores/{store_id}/search", json={"query": "camels and tents"})
+    assert found.raise_for_status().json()["data"][0]["content"][0]["text"] == "camels"
+
+
+def test_doctor_finds_nothing_wrong(caravan: Caravan) -> None:
+    checking = command(caravan.env | {"INFERENCE_MODEL": "scripted"}, "doctor")
+    output, _ = checking.communicate(timeout=60)
+    assert checking.returncode == 0, output
+
+
+def test_nobody_met_a_statement_of_another(caravan: Caravan, pgbouncer: PgBouncer, server_directory: Path) -> None:
+    """No process logged trouble with Postgres, and PgBouncer none with a client."""
+    logs = [caravan.web.output(), caravan.worker.logs(), pgbouncer.log.read_text()]
+    for log in [*logs, (server_directory / "pooled-other.log").read_text()]:
+        assert not re.findall(r".*(?:prepared statement|unsupported startup|Traceback|not available).*", log)

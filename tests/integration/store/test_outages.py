@@ -1,0 +1,210 @@
+"""The store when Postgres goes away or stops answering: every caller hears in bounded time, and hears the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import URL, make_url
+
+from app.domain.errors import OutcomeUnknown, Unavailable
+from app.store import Store
+from app.store.store import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, THREAD_WAIT_SECONDS
+from tests.integration.store.seeds import Seeds
+from tests.support import wait_until
+from tests.support.proxy import TcpProxy
+
+QUICK_SECONDS = 1.0
+MARGIN_SECONDS = 2.0
+"""For a busy machine."""
+
+
+@pytest.fixture
+def proxy(store_url: str) -> Iterator[TcpProxy]:
+    url = make_url(store_url)
+    assert url.host
+    assert url.port
+    with TcpProxy(url.host, url.port) as made:
+        yield made
+
+
+@pytest.fixture
+def through(store_url: str, proxy: TcpProxy) -> URL:
+    behind = make_url(store_url).set(drivername="postgresql+psycopg2", port=proxy.port)
+    return behind.update_query_dict({"sslmode": "disable"})
+
+
+@pytest.fixture
+def quick(through: URL) -> Iterator[Store]:
+    """A store whose transactions may take a second, with a connection that is open."""
+    store = Store(through, pool_size=2, name="quick", transaction_seconds=QUICK_SECONDS)
+    store.transact(ping)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def mark(seeds: Seeds) -> Iterator[str]:
+    """A row's id, for `write` to insert and `written` to look for."""
+    create = text("CREATE TABLE IF NOT EXISTS marks (mark text PRIMARY KEY)")
+    seeds.store.transact(lambda connection: connection.execute(create))
+    yield "here"
+    seeds.store.transact(lambda connection: connection.execute(text("DROP TABLE marks")))
+
+
+def ping(connection: Connection) -> int:
+    return int(connection.scalar(text("SELECT 1")) or 0)
+
+
+def write(connection: Connection, mark: str) -> None:
+    connection.execute(text("INSERT INTO marks VALUES (:mark)"), {"mark": mark})
+
+
+def written(seeds: Seeds, mark: str) -> bool:
+    return bool(seeds.scalar(f"SELECT count(*) FROM marks WHERE mark = '{mark}'"))
+
+
+def sessions(seeds: Seeds) -> int:
+    """How many of the quick store's connections Postgres has."""
+    return int(seeds.scalar("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'caravan-quick'"))
+
+
+def test_a_lost_commit_reply_is_an_unknown_outcome(quick: Store, seeds: Seeds, proxy: TcpProxy, mark: str) -> None:
+    """The server committed, and the connection broke before it could say so."""
+    proxy.lose_reply_after(b"COMMIT")
+    with pytest.raises(OutcomeUnknown, match="DATABASE_URL"):
+        quick.transact(write, mark)
+    proxy.wait_lost()
+    assert written(seeds, mark)
+    assert quick.transact(ping) == 1
+
+
+def test_a_reply_lost_before_the_commit_is_done_again(quick: Store, seeds: Seeds, proxy: TcpProxy, mark: str) -> None:
+    """Surely nothing was committed, so the transaction is done once more, on a new connection."""
+    proxy.lose_reply_after(b"INSERT")
+    quick.transact(write, mark)
+    proxy.wait_lost()
+    assert written(seeds, mark)
+
+
+def test_a_stall_before_the_commit_never_commits(quick: Store, seeds: Seeds, proxy: TcpProxy, mark: str) -> None:
+    """The statement reaches the server when the network is back, long after its caller heard that it failed."""
+    proxy.stall_at(b"INSERT")
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="did not answer within 1 s") as raised:
+        quick.transact(write, mark)
+    assert time.monotonic() - started < QUICK_SECONDS + MARGIN_SECONDS
+    assert not isinstance(raised.value, OutcomeUnknown)
+    proxy.flow()
+    wait_until(lambda: sessions(seeds) == 0)
+    assert not written(seeds, mark)
+    assert quick.transact(ping) == 1
+
+
+def test_a_stall_in_the_commit_is_unknown_and_commits_late(
+    quick: Store, seeds: Seeds, proxy: TcpProxy, mark: str
+) -> None:
+    """A mere look says "no" before the COMMIT arrives; whoever waits for the transaction's lock is not misled."""
+    proxy.stall_at(b"COMMIT")
+    with pytest.raises(OutcomeUnknown, match="did not answer within 1 s"):
+        quick.transact(write, mark)
+    assert not written(seeds, mark)
+    asked = text("INSERT INTO marks VALUES (:mark) ON CONFLICT DO NOTHING RETURNING mark")
+    found: list[object] = []
+
+    def resolve(connection: Connection) -> None:
+        found.append(connection.execute(asked, {"mark": mark}).all())
+
+    resolving = threading.Thread(target=seeds.store.transact, args=(resolve,))
+    resolving.start()
+    proxy.flow()
+    resolving.join(10)
+    assert found == [[]]
+    assert written(seeds, mark)
+
+
+def test_a_client_that_vanishes_in_mid_transaction_frees_its_locks(
+    quick: Store, seeds: Seeds, proxy: TcpProxy, mark: str
+) -> None:
+    """Its machine is gone without a word (here: a stall that goes on); Postgres ends the transaction after 3 s."""
+    proxy.stall_at(b"COMMIT")
+    with pytest.raises(OutcomeUnknown):
+        quick.transact(write, mark)
+    started = time.monotonic()
+    seeds.store.transact(write, mark)
+    assert time.monotonic() - started < IDLE_SECONDS + MARGIN_SECONDS
+
+
+def test_an_unreachable_server_while_connecting(through: URL, proxy: TcpProxy) -> None:
+    """The connection is accepted and then nothing comes, in the handshake or in SQLAlchemy's first questions."""
+    for pattern in (b"user", b"SET idle", b"version()"):
+        store = Store(through, pool_size=1, name="quick", transaction_seconds=QUICK_SECONDS)
+        proxy.stall_at(pattern)
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            store.transact(ping)
+        assert time.monotonic() - started < CONNECT_TIMEOUT_SECONDS + QUICK_SECONDS + MARGIN_SECONDS
+        proxy.wait_stalled()
+        proxy.flow()
+        assert store.transact(ping) == 1
+        store.close()
+
+
+@pytest.mark.parametrize("outage", ["refused", "stalled"])
+async def test_a_burst_hears_in_bounded_time(through: URL, proxy: TcpProxy, outage: str, seeds: Seeds) -> None:
+    """200 transactions over 5 connections do not wait for one another's time-outs."""
+    store = Store(through, pool_size=5, name="quick")
+    await asyncio.gather(*(store.run(ping) for _ in range(20)))
+    if outage == "refused":
+        proxy.refuse()
+        proxy.cut()
+    else:
+        proxy.stall()
+    started = time.monotonic()
+    answers = await asyncio.gather(*(store.run(ping) for _ in range(200)), return_exceptions=True)
+    took = time.monotonic() - started
+    assert {type(answer) for answer in answers} == {Unavailable}
+    assert took < THREAD_WAIT_SECONDS + CONNECT_TIMEOUT_SECONDS + MARGIN_SECONDS
+    proxy.accept()
+    proxy.flow()
+    assert await store.run(ping) == 1
+    store.close()
+
+
+async def test_what_was_withdrawn_never_runs(through: URL, proxy: TcpProxy, seeds: Seeds, mark: str) -> None:
+    """Its caller was told that it failed; that stays so when there are threads and connections again."""
+    store = Store(through, pool_size=1, name="quick", transaction_seconds=2 * THREAD_WAIT_SECONDS)
+    await store.run(ping)
+    proxy.stall()
+    first = asyncio.create_task(store.run(ping))
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="has not answered others"):
+        await store.run(write, mark)
+    proxy.flow()
+    assert await first == 1
+    assert await store.run(ping) == 1
+    assert not written(seeds, mark)
+    store.close()
+
+
+async def test_a_queue_that_is_merely_long_goes_on(through: URL) -> None:
+    """Postgres answers, each time slowly: nobody is turned away, however long it takes."""
+    store = Store(through, pool_size=1, name="quick")
+    asked = [store.run(lambda connection: connection.scalar(text("SELECT pg_sleep(1.2)"))) for _ in range(6)]
+    assert len(await asyncio.gather(*asked)) == 6
+    store.close()
+
+
+async def test_a_cancelled_caller_is_cancelled(quick: Store, proxy: TcpProxy) -> None:
+    """Not told that Postgres is away."""
+    proxy.stall()
+    asking = asyncio.create_task(quick.run(ping))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    proxy.flow()
