@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -21,7 +22,7 @@ from app.api.identifiers import AgentId, SessionId, StepId, TurnId
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import TurnStream
 from app.domain import shapes
-from app.domain.errors import InvalidRequest, NotFound, OutcomeUnknown, TurnFailure
+from app.domain.errors import Conflict, InvalidRequest, NotFound, OutcomeUnknown, TurnFailure, Unavailable
 from app.domain.events import START, Event, EventId
 from app.domain.turns import ENDED, MultitaskStrategy, TurnStatus
 from app.store import admission, agents, turns
@@ -31,6 +32,10 @@ from app.store.turns import TurnRow
 router = APIRouter(tags=["Agents"])
 
 CANCEL_WAIT_SECONDS = 3.0
+RESOLVE_SECONDS = 30.0
+"""How long a client waits to be told whether its turn was accepted, when Postgres goes away in the commit."""
+
+RESOLVE_PAUSE_SECONDS = 0.5
 TURN_PATH = "/agents/{agent_id}/session/{session_id}/turn"
 
 
@@ -113,13 +118,23 @@ def _hash(*what: Any) -> bytes:
 
 
 async def _accept(service: Service, asked: Submission) -> Accepted:
-    """A lost commit reply is resolved by reading the turn's id again."""
+    raise_fence = service.endings.log.raise_fence
     try:
-        return await service.store.run(admission.accept, asked, service.endings.log.raise_fence)
+        return await service.store.run(admission.accept, asked, raise_fence)
     except OutcomeUnknown:
-        if not await service.store.run(turns.standings, [asked.turn_id]):
-            raise
-        return Accepted(asked.turn_id)
+        return await _resolved(lambda: service.store.run(admission.accept_again, asked, raise_fence))
+
+
+async def _resolved(again: Callable[[], Awaitable[Accepted]]) -> Accepted:
+    """After a lost commit reply, asks until Postgres answers. Raises Unavailable: that takes too long."""
+    deadline = time.monotonic() + RESOLVE_SECONDS
+    while True:
+        try:
+            return await again()
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
 
 
 @router.post(TURN_PATH + "/{turn_id}/resume", response_model=None, responses=_STREAM)
@@ -147,14 +162,16 @@ async def resume_turn(
 
 
 async def _resume(service: Service, turn: TurnRow, asked: Resumption) -> Accepted:
-    """A lost commit reply is resolved by reading the turn again."""
+    async def again() -> Accepted:
+        try:
+            return await service.store.run(admission.resume, asked)
+        except Conflict:
+            return Accepted(asked.turn_id, turn.last)  # it went through the first time
+
     try:
         return await service.store.run(admission.resume, asked)
     except OutcomeUnknown:
-        standing = (await service.store.run(turns.standings, [asked.turn_id])).get(asked.turn_id)
-        if standing is None or standing.status == TurnStatus.AWAITING_INPUT:
-            raise
-        return Accepted(asked.turn_id, turn.last)
+        return await _resolved(again)
 
 
 class CancelledTurn(BaseModel):

@@ -168,6 +168,17 @@ def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -
     return Accepted(asked.turn_id, ended=ended, interrupted=interrupted)
 
 
+def accept_again(connection: Connection, asked: Submission, raise_fence: RaiseFence) -> Accepted:
+    """`accept` after a commit whose reply was lost: if that went through, or is under way still, its turn is the one.
+
+    Of the turns that the first one ended, followers hear from Postgres, and upkeep rings what comes next.
+    """
+    connection.execute(select(sessions.c.session_id).where(sessions.c.session_id == asked.session_id).with_for_update())
+    if connection.scalar(select(turns.c.turn_id).where(turns.c.turn_id == asked.turn_id)):
+        return Accepted(asked.turn_id)
+    return accept(connection, asked, raise_fence)
+
+
 def resume(connection: Connection, asked: Resumption) -> Accepted:
     """Stores a client's tool responses and puts the turn back to queued for its next leg.
 

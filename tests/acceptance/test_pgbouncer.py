@@ -17,12 +17,12 @@ import pytest
 from celery import Celery
 
 from app.local.postgres import Postgres
-from tests.acceptance.conftest import AgentMaker, Caravan, web_process
+from tests.acceptance.conftest import AgentMaker, Caravan
 from tests.acceptance.test_turns import BOILING_POINT
 from tests.conftest import create_database
 from tests.support import ROOT
 from tests.support.mcp_server import McpServer
-from tests.support.nodes import TURN_POOL, worker_node
+from tests.support.nodes import TURN_POOL, web_process, worker_node
 from tests.support.pgbouncer import PgBouncer
 from tests.support.scripted_model import ScriptedModel
 

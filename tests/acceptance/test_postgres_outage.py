@@ -24,9 +24,10 @@ from sqlalchemy.engine import make_url
 
 from app.local.postgres import Postgres
 from app.store import migrate
-from tests.acceptance.conftest import Agent, AgentMaker, Caravan, web_process
+from tests.acceptance.conftest import Agent, AgentMaker, Caravan
+from tests.acceptance.test_turns import BOILING_POINT
 from tests.support import wait_until
-from tests.support.nodes import PREFORK, TURN_POOL, worker_node
+from tests.support.nodes import PREFORK, TURN_POOL, web_process, worker_node
 from tests.support.proxy import TcpProxy
 from tests.support.scripted_model import ScriptedModel
 
@@ -271,6 +272,37 @@ def test_the_reply_to_a_record_is_lost(caravan: Fragile, make_agent: AgentMaker,
     model.release(gate)
     caravan.to_worker.wait_lost()
     follower.assert_went_on(caravan, "a b ")
+
+
+@pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
+@pytest.mark.parametrize("key", ["with a key", "without a key"])
+def test_the_reply_to_an_acceptance_is_lost(
+    caravan: Fragile, make_agent: AgentMaker, http: httpx.Client, key: str
+) -> None:
+    """The web process asks until it knows: the turn was accepted, once, and its client never hears of the trouble."""
+    agent = make_agent()
+    headers = {"Idempotency-Key": uuid.uuid4().hex} if key == "with a key" else {}
+    body = {"messages": [{"role": "user", "content": "SAY once"}], "stream": False}
+    caravan.to_web.lose_reply_after(b"COMMIT", since=b"INSERT INTO turns")
+    first = http.post(f"{agent.path}/turn", json=body, headers=headers, timeout=60)
+    caravan.to_web.wait_lost()
+    assert (first.status_code, first.json()["output_message"]["content"]) == (200, "once ")
+    again = http.post(f"{agent.path}/turn", json=body, headers={**headers, "x-stainless-retry-count": "1"})
+    assert again.json() == first.json()
+    assert len(http.get(agent.path).json()["turns"]) == 1
+
+
+@pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
+def test_the_reply_to_a_resume_is_lost(caravan: Fragile, make_agent: AgentMaker, http: httpx.Client) -> None:
+    """The same for the next leg."""
+    agent = make_agent(client_tools=[BOILING_POINT])
+    asked = agent.turn('CALL get_boiling_point {"liquid": "x"}')[-1].event.payload.turn
+    call = asked.output_message.tool_calls[0]
+    response = {"call_id": call.call_id, "tool_name": call.tool_name, "content": "7"}
+    caravan.to_web.lose_reply_after(b"COMMIT", since=b"tool_responses=")
+    resumed = http.post(f"{agent.path}/turn/{asked.turn_id}/resume", json={"tool_responses": [response]}, timeout=60)
+    caravan.to_web.wait_lost()
+    assert (resumed.status_code, resumed.json()["output_message"]["content"]) == (200, "The tool said: 7 ")
 
 
 @pytest.mark.parametrize("caravan", ["prefork"], indirect=True)

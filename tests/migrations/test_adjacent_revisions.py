@@ -23,8 +23,8 @@ from sqlalchemy.pool import NullPool
 from app.local.postgres import Postgres
 from app.settings import SettingsError
 from app.store import migrate
-from tests.acceptance.conftest import web_process
 from tests.conftest import create_database
+from tests.support.nodes import web_process
 
 REVISIONS = [script.revision for script in ScriptDirectory.from_config(migrate._config()).walk_revisions()][::-1]
 PAIRS = list(pairwise(REVISIONS))
