@@ -49,20 +49,21 @@ class Record:
 class Client(threading.Thread):
     """Makes one turn after the other in a session of its own, until it is told to stop."""
 
-    def __init__(self, urls: Sequence[str], agent: dict[str, Any], seed: int, stop: threading.Event) -> None:
+    def __init__(self, urls: Sequence[str], agent: dict[str, Any], seed: int) -> None:
         super().__init__(daemon=True, name=f"client {seed}")
         self._urls = urls
         self._agent = agent
         self._random = random.Random(seed)
-        self._stop_asked = stop
+        self.stop_asked = threading.Event()
         self._http = httpx.Client(timeout=httpx.Timeout(30.0, connect=5.0))
-        self._session = ""
+        self.session = ""
+        self.refused = 0
         self.records: list[Record] = []
 
     def run(self) -> None:
         try:
-            self._session = self._open()
-            while not self._stop_asked.is_set():
+            self.session = self._open()
+            while not self.stop_asked.is_set():
                 record = self._plan()
                 self.records.append(record)
                 self._run_turn(record)
@@ -84,11 +85,16 @@ class Client(threading.Thread):
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         answer = self._http.post(self._url(path), json=body)
-        if answer.status_code in BUSY:
+        if self._is_refused(answer):
             return None
         answer.raise_for_status()
         made: dict[str, Any] = answer.json()
         return made
+
+    def _is_refused(self, answer: httpx.Response) -> bool:
+        refused = answer.status_code in BUSY
+        self.refused += refused
+        return refused
 
     def _url(self, path: str) -> str:
         return self._random.choice(self._urls) + path
@@ -109,7 +115,7 @@ class Client(threading.Thread):
     def _plan(self) -> Record:
         kind = self._random.choice(["plain", "server tools", "server tools", "client tools"])
         says = {"plain": "", "server tools": "done ", "client tools": "asked "}[kind]
-        return Record(kind, uuid.uuid4().hex, f"{self._session}/turn", says)
+        return Record(kind, uuid.uuid4().hex, f"{self.session}/turn", says)
 
     def _script(self, record: Record) -> str:
         pause = self._random.randint(10, 40)
@@ -145,7 +151,7 @@ class Client(threading.Thread):
     def _submit(self, record: Record, path: str, body: dict[str, Any], key: str) -> bool | None:
         headers = {"Idempotency-Key": key}
         with self._http.stream("POST", self._url(path), json=body, headers=headers) as answer:
-            if answer.status_code in BUSY:
+            if self._is_refused(answer):
                 return None
             if answer.status_code != httpx.codes.OK:
                 raise AssertionError(f"POST {path}: {answer.status_code} {answer.read()!r}")
@@ -158,7 +164,7 @@ class Client(threading.Thread):
         path = f"{record.path}/{record.turn_id}/events"
         known = len(record.heard)
         with self._http.stream("GET", self._url(path), headers={"Last-Event-ID": record.last_id}) as answer:
-            if answer.status_code in BUSY:
+            if self._is_refused(answer):
                 return None
             if answer.status_code != httpx.codes.OK:
                 raise AssertionError(f"GET {path}: {answer.status_code} {answer.read()!r}")

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import psutil
@@ -32,14 +32,28 @@ class Chaos:
     """When a process was killed, and the turns that it ran: id → attempt."""
     draining: list[tuple[Process, int]] = field(default_factory=list)
 
-    def round(self) -> None:
-        """Each kind of failure once."""
-        kinds = list(FAILURES)
+    def round(self, some: Iterable[str] = ()) -> None:
+        """Each kind of failure once, or each of some."""
+        kinds = list(some or FAILURES)
         self.random.shuffle(kinds)
         for kind in kinds:
             time.sleep(self.random.uniform(0.3, 1.5))
             if FAILURES[kind](self):
                 self.done[kind] = self.done.get(kind, 0) + 1
+
+    def rolling_restart(self) -> None:
+        """One process after the other, each once its predecessor serves again."""
+        for process in self.fleet.processes:
+            self.drain(process)
+            self.wait_drained()
+            process.wait_ready()
+            self.done["process restarted in turn (SIGTERM)"] = (
+                self.done.get("process restarted in turn (SIGTERM)", 0) + 1
+            )
+
+    def missing(self) -> list[str]:
+        """Kinds of failure that there was no chance for."""
+        return [kind for kind in FAILURES if kind not in self.done]
 
     # --- helpers ---
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.acceptance.chaos.clients import HUNG_SECONDS, Client, Record
-from tests.acceptance.chaos.failures import FAILURES, Chaos
+from tests.acceptance.chaos.failures import Chaos
 from tests.acceptance.chaos.fleet import Fleet, running_fleet
 from tests.acceptance.fire.system import Heard, Session, Stream
 from tests.support import wait_until
@@ -38,6 +38,7 @@ class Report:
     failures: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
     cuts: int = 0
+    refused: int = 0
     attempts: int = 0
     lost: int = 0
     doubled: int = 0
@@ -55,6 +56,7 @@ class Report:
         lines += [
             f"  {self.attempts:5d}  attempts at them",
             f"  {self.cuts:5d}  streams cut and joined again",
+            f"  {self.refused:5d}  requests refused (503, 429) and sent again",
             f"  {self.lost:5d}  lost",
             f"  {self.doubled:5d}  doubled",
             f"  {self.hung:5d}  hung",
@@ -70,42 +72,58 @@ class Report:
 
 def run(directory: Path, *, seed: int, rounds: int, clients: int) -> Report:
     """So many rounds of each kind of failure, with so many clients at once."""
-    report = Report(seed)
+
+    def happens(chaos: Chaos) -> None:
+        for _ in range(rounds):
+            chaos.round()
+
     # The keeper's thread lives until the end: what it has started dies with it.
     with running_fleet(directory) as fleet, fleet.kept():
-        records = _chaos(fleet, report, seed, rounds, clients)
-        for record in records:
-            _check_client(record, report)
-        _check_all(fleet, records, report)
-    return report
+        return run_on(fleet, happens, seed=seed, clients=clients)
 
 
-def _chaos(fleet: Fleet, report: Report, seed: int, rounds: int, count: int) -> list[Record]:
-    group = fleet.system.toolgroup(fleet.mcp)
-    agent = {"model": "scripted", "instructions": "x", "toolgroups": [group], "client_tools": [ASK]}
-    stop = threading.Event()
-    clients = [Client(fleet.system.urls, agent, seed + number, stop) for number in range(count)]
-    chaos = Chaos(fleet, random.Random(seed))
-    for client in clients:
-        client.start()
-    for _ in range(rounds):
-        chaos.round()
-    stop.set()
+def run_on(fleet: Fleet, happens: Callable[[Chaos], None], *, seed: int, clients: int) -> Report:
+    """Clients make turns while something happens; then everything that they made is looked at."""
+    report, chaos = Report(seed), Chaos(fleet, random.Random(seed))
+    made = _clients(fleet, seed, clients)
+    stop_clients = _started(made)
+    try:
+        happens(chaos)
+    finally:
+        stop_clients.set()
     deadline = time.monotonic() + HUNG_SECONDS + 30
-    for client in clients:
+    for client in made:
         client.join(max(0.1, deadline - time.monotonic()))
     chaos.wait_drained()
     for process in fleet.processes:
         wait_until(process.running, 30)
         process.wait_ready()
-    report.failures = {kind: chaos.done.get(kind, 0) for kind in FAILURES}
+    report.failures = dict(chaos.done)
     report.restarts = fleet.restarts
-    report.problems += [f"never happened: {kind}" for kind, done in report.failures.items() if not done]
-    report.hung = sum(client.is_alive() for client in clients)
-    report.problems += [f"{client.name} hangs" for client in clients if client.is_alive()]
-    records = [record for client in clients for record in client.records]
+    report.hung = sum(client.is_alive() for client in made)
+    report.problems += [f"{client.name} hangs" for client in made if client.is_alive()]
+    report.refused = sum(client.refused for client in made)
+    records = [record for client in made for record in client.records]
     report.recoveries = _recoveries(chaos, records)
-    return records
+    for record in records:
+        _check_client(record, report)
+    _check_all(fleet, made, records, report)
+    return report
+
+
+def _clients(fleet: Fleet, seed: int, count: int) -> list[Client]:
+    group = fleet.system.toolgroup(fleet.mcp)
+    agent = {"model": "scripted", "instructions": "x", "toolgroups": [group], "client_tools": [ASK]}
+    return [Client(fleet.system.urls, agent, seed + number) for number in range(count)]
+
+
+def _started(clients: Sequence[Client]) -> threading.Event:
+    """Set it, and they end after their turns."""
+    stop = threading.Event()
+    for client in clients:
+        client.stop_asked = stop
+        client.start()
+    return stop
 
 
 def _recoveries(chaos: Chaos, records: Sequence[Record]) -> list[float]:
@@ -129,8 +147,10 @@ def _check_client(record: Record, report: Report) -> None:
         report.problems.append(f"turn {record.turn_id}: ids do not grow: {[str(one) for one in ids]}")
 
 
-def _check_all(fleet: Fleet, records: Sequence[Record], report: Report) -> None:
-    rows = fleet.system.rows("SELECT turn_id::text AS turn_id, status, fence, error FROM turns")
+def _check_all(fleet: Fleet, clients: Sequence[Client], records: Sequence[Record], report: Report) -> None:
+    sessions = [client.session.rpartition("/")[2] for client in clients]
+    query = "SELECT turn_id::text AS turn_id, status, fence, error FROM turns WHERE session_id::text = ANY(:sessions)"
+    rows = fleet.system.rows(query, sessions=sessions)
     known = {row["turn_id"]: row for row in rows}
     report.turns = Counter(row["status"] for row in rows)
     report.attempts = sum(row["fence"] for row in rows)
