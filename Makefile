@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make, pip and some Python 3; `make setup` finds Python 3.12 or 3.13 by itself.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint format bench lock clean
+.PHONY: help setup demo up test lint format bench chaos lock clean
 
 BIN := .venv/bin
 # A Python that a version manager or another environment put into this shell must not leak into ours.
@@ -35,6 +35,9 @@ format: setup  ## Format the code and fix what ruff can fix
 
 bench: setup  ## The benchmarks
 	$(BIN)/python -m tests.benchmarks
+
+chaos: setup  ## Kill, stop, flush and restart everything at random for minutes, and see that nothing is lost
+	$(BIN)/python -m tests.acceptance.chaos
 
 lock:  ## Write the lock files anew from pyproject.toml
 	@.ci/lock

@@ -1,0 +1,69 @@
+"""Cancelling while things are down: guarantee 7."""
+
+from __future__ import annotations
+
+import uuid
+
+import httpx
+
+from app.local.valkey import Valkey
+from tests.acceptance.fire.system import PATIENCE_SECONDS, Session, Stream, System, check_stream
+from tests.support import wait_until
+from tests.support.scripted_model import ScriptedModel
+
+
+def cancel(session: Session, turn_id: str) -> str:
+    answer = httpx.post(f"{session.url}/turn/{turn_id}/cancel", timeout=30)
+    assert answer.status_code in (200, 202), answer.text
+    return str(answer.json()["status"])
+
+
+def check_cancelled(session: Session, stream: Stream) -> None:
+    """The stream ends with it, the stored turn says it, asking again changes nothing, and the session goes on."""
+    heard = stream.ended()
+    check_stream(heard)
+    assert heard[-1].payload["error"]["code"] == "cancelled"
+    assert session.status(stream.turn_id) == "cancelled"
+    assert cancel(session, stream.turn_id) == "cancelled"
+    assert session.post("SAY next").ended()[-1].kind == "turn_complete"
+
+
+def test_a_turn_is_cancelled_on_another_web_process_while_redis_is_down(
+    system: System, model: ScriptedModel, fire_valkey: Valkey
+) -> None:
+    """Its worker learns it with its next renewal; the model's stream is closed."""
+    gate = uuid.uuid4().hex
+    session = system.session()
+    stream = session.accepted(f"PART a | HOLD {gate} | SAY b")
+    model.wait_held(gate, timeout=PATIENCE_SECONDS)
+    fire_valkey.kill()
+    try:
+        other = system.elsewhere(session)
+        cancel(other, stream.turn_id)
+        wait_until(lambda: other.status(stream.turn_id) == "cancelled", PATIENCE_SECONDS)
+        wait_until(lambda: model.open_streams() == 0, PATIENCE_SECONDS)
+    finally:
+        fire_valkey.start()
+    check_cancelled(session, stream)
+
+
+def test_a_cancelled_turn_whose_worker_dies_ends_cancelled(system: System, model: ScriptedModel) -> None:
+    """The request outlives the worker: the turn is not tried again. And one whose worker died before the request, and
+    is between two attempts, is cancelled all the same."""
+    gates = [uuid.uuid4().hex for _ in range(2)]
+    sessions = [system.session(number) for number in range(2)]
+    streams = [session.accepted(f"PART a | HOLD {gate} | SAY b") for session, gate in zip(sessions, gates, strict=True)]
+    for gate in gates:
+        model.wait_held(gate, timeout=PATIENCE_SECONDS)
+    requested = "UPDATE turns SET cancel_requested_at = clock_timestamp() WHERE turn_id = :turn_id"
+    for worker in system.workers.values():
+        worker.kill_all()
+    # What a web process commits for a cancel that no worker was there to hear.
+    system.execute(requested, turn_id=streams[0].turn_id)
+    cancel(sessions[1], streams[1].turn_id)
+    for session, stream in zip(sessions, streams, strict=True):
+        wait_until(lambda s=session, t=stream.turn_id: s.status(t) == "cancelled", PATIENCE_SECONDS)  # type: ignore[misc]
+        assert stream.fences[0] == 1
+    system.start_workers("a", "b")
+    for session, stream in zip(sessions, streams, strict=True):
+        check_cancelled(session, stream)
