@@ -166,13 +166,18 @@ def test_an_idle_process_stops_at_once(make_web: WebMaker) -> None:
 def test_a_client_that_never_reads_does_not_hold_the_process(make_web: WebMaker) -> None:
     """What it has not taken is not waited for, be its stream open or ended."""
     web = make_web(1.0)
-    with web.post("CHUNKS 20000") as reader:
+    with web.post("SAY " + "x" * 3_000_000) as reader:
         reader.wait_for(b"turn_complete", 60)
-        events_path = f"{web.session}/turn/{reader.header('x-turn-id')}/events"
-        with Wire(web.url, "GET", events_path, receive_buffer=4096, read=False):
-            wait_until(lambda: web.process.output().count(f"GET {events_path}"))
-            web.process.signal(signal.SIGTERM)
-            web.ended()
+        turn = f"{web.session}/turn/{reader.header('x-turn-id')}"
+        unread = [Wire(web.url, "GET", path, receive_buffer=4096, read=False) for path in (turn, f"{turn}/events")]
+        wait_until(lambda: web.process.output().count(f'"GET {turn}') == 2)
+        web.process.signal(signal.SIGTERM)
+        assert "1 streams and 0 other requests were aborted" in web.ended()
+    for wire in unread:
+        with wire:
+            wire.start_reading()
+            wire.wait_over()
+            assert not wire.raw.endswith((b"0\r\n\r\n", b"}"))
 
 
 def test_uvicorns_workers_stop_in_the_same_way(make_web: WebMaker, model: ScriptedModel) -> None:
