@@ -27,8 +27,8 @@ from app.events.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
 
-SEGMENTS_AT_ONCE = 8
-EVENTS_AT_ONCE = 500  # of a tail: a slow reader holds so many, not the whole tail
+SEGMENTS_AT_ONCE = 4  # a segment has about 256 KiB (app.events.writer)
+EVENTS_AT_ONCE = 1000  # of a tail: a slow reader holds no more than that
 RETRY_SECONDS = 0.5
 
 
