@@ -27,8 +27,7 @@ from app.events.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
 
-SEGMENTS_AT_ONCE = 4  # a segment has about 256 KiB (app.events.writer)
-EVENTS_AT_ONCE = 1000  # of a tail: a slow reader holds no more than that
+EVENTS_AT_ONCE = 2000  # of the log, so that a slow reader holds no more than that
 RETRY_SECONDS = 0.5
 
 
@@ -203,7 +202,7 @@ class Relay:
             if tail and not doubtful and (unknown if tail.last is None else tail.last <= cursor):
                 return
             recorded = await self._persistently(
-                lambda at=cursor: self._records.segments_after(turn_id, at, SEGMENTS_AT_ONCE)  # type: ignore[misc]
+                lambda at=cursor: self._records.segments_after(turn_id, at, EVENTS_AT_ONCE)  # type: ignore[misc]
             )
             if not recorded:
                 return

@@ -86,13 +86,7 @@ class Wire:
     @property
     def body(self) -> bytes:
         """What has come of a chunked body."""
-        rest, body = self.raw.partition(b"\r\n\r\n")[2], bytearray()
-        while True:
-            size, line_end, rest = rest.partition(b"\r\n")
-            if not line_end or int(size, 16) == 0:
-                return bytes(body)
-            body += rest[: int(size, 16)]
-            rest = rest[int(size, 16) + 2 :]
+        return body_of(self.raw)
 
     @property
     def ended_cleanly(self) -> bool:
@@ -105,6 +99,18 @@ class Wire:
     def wait_over(self, timeout: float = 20) -> None:
         """Until the server has closed the connection."""
         assert self.over.wait(timeout), f"the connection is still open: {self.raw[-200:]!r}"
+
+
+def body_of(raw: bytes) -> bytes:
+    """What has come of the chunked body of an answer."""
+    pieces, at = [], raw.find(b"\r\n\r\n") + 4
+    while (line_end := raw.find(b"\r\n", at)) > 0:
+        size = int(raw[at:line_end], 16)
+        if size == 0:
+            break
+        pieces.append(raw[line_end + 2 : line_end + 2 + size])
+        at = line_end + 2 + size + 2
+    return b"".join(pieces)
 
 
 def events(body: bytes) -> list[bytes]:
