@@ -197,9 +197,9 @@ def test_readers_that_do_not_read_cost_little_and_hold_nobody_up(
 ) -> None:
     """They are cut off after STREAM_SEND_TIMEOUT_SECONDS, and can join again from the last event that they have."""
     gate, web = uuid.uuid4().hex, psutil.Process(system.webs[0].pid)
-    big, url = f"HOLD {gate} | CHUNKS 150000", system.urls[0]
-    with session.post("CHUNKS 150000") as warm_up:
-        assert len(live(warm_up, 90)) > 25 * MEGABYTE
+    big, url = f"HOLD {gate} | CHUNKS 120000", system.urls[0]
+    with session.post("CHUNKS 120000") as warm_up:
+        assert len(live(warm_up, 90)) > 20 * MEGABYTE
     with session.post(big) as first, ExitStack() as stack:
         path = session.events_path(first)
         deaf = [stack.enter_context(Wire(url, "GET", path, receive_buffer=4096, read=False)) for _ in range(30)]

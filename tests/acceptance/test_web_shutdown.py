@@ -7,13 +7,14 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import pytest
 from celery import Celery
 
 from tests.acceptance.conftest import web_process
-from tests.support import wait_until
+from tests.support import ROOT, wait_until
 from tests.support.nodes import TURN_POOL, Process, worker_node
 from tests.support.scripted_model import ScriptedModel
 from tests.support.wire import Wire, events, last_id
@@ -31,6 +32,18 @@ def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     assert node.ready()
     yield environment
     node.teardown()
+
+
+def payloads(body: bytes) -> list[Any]:
+    return [json.loads(event.partition(b"\ndata: ")[2]) for event in events(body)]
+
+
+def documented_client() -> Callable[..., Iterator[Any]]:
+    """The example of docs/api.md."""
+    [example] = re.findall(r"```python\n(def events.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"httpx": httpx, "json": json, "time": time}
+    exec(example, names)
+    return cast(Callable[..., Iterator[Any]], names["events"])
 
 
 WebMaker = Callable[..., "Web"]
@@ -138,6 +151,9 @@ def test_after_the_grace_streams_are_cut(make_web: WebMaker, model: ScriptedMode
         with Wire(other.url, "GET", f"{turn}/events") as whole:
             whole.wait_for(b"0\r\n\r\n")
         assert events(stream.body) + events(rest.body) == events(whole.body)
+        with httpx.Client(base_url=other.url) as http:
+            shown = documented_client()(http, turn, last_id(stream.body))
+            assert [json.dumps(each) for each in shown] == [json.dumps(each) for each in payloads(rest.body)]
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
