@@ -24,7 +24,7 @@ PIECE_BYTES = 32_768
 """What is handed to the connection at once, so that a slow client of a large event is seen to take it."""
 
 # It would end every stream within half a second of a signal. `app.api.shutdown` gives them a grace and cuts them.
-AppStatus.disable_automatic_graceful_drain()
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # the library has no annotation there
 
 
 class TurnStream(EventSourceResponse):

@@ -42,8 +42,8 @@ async def stored(log: EventLog, turn_id: str, events: list[Event]) -> None:
     for event in events:
         fields: dict[Any, Any] = {"a": str(event.after), "k": event.kind.value, "d": event.data}
         await log.redis.xadd(f"{channel(turn_id)}:tail", fields, str(event.id))
-    last = {"lf": str(events[-1].id.fence), "ln": str(events[-1].id.n)}
-    await log.redis.hset(f"{channel(turn_id)}:log", mapping=last)  # type: ignore[misc]  # redis-py's own union
+    last: dict[Any, Any] = {"lf": str(events[-1].id.fence), "ln": str(events[-1].id.n)}
+    await log.redis.hset(f"{channel(turn_id)}:log", mapping=last)
 
 
 async def published(log: EventLog, turn_id: str, events: list[Event]) -> None:
@@ -450,7 +450,7 @@ async def test_a_slow_follower_holds_a_page_of_the_log(
 
 
 async def test_a_subscription_that_is_cut_is_made_anew_at_once(
-    log: EventLog, patient_relay: Relay, turn_id: str, caplog: pytest.LogCaptureFixture
+    log: EventLog, patient_relay: Relay, turn_id: str, redis: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What was published meanwhile is read from the log, although nothing else comes."""
     events = made(4)
@@ -459,7 +459,7 @@ async def test_a_subscription_that_is_cut_is_made_anew_at_once(
     await subscribed(patient_relay, turn_id)
     await appended(log, turn_id, events[:2])
     await follower.has(events[:2])
-    await log.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    redis.ask("CLIENT KILL TYPE pubsub")
     await appended(log, turn_id, events[2:])
     await follower.has(events)
     await follower.close()
