@@ -55,6 +55,7 @@ class GracefulStop:
         self._server: uvicorn.Server | None = None
         self._signal = 0
         self._asked_at = 0.0
+        self._aborted = False
         self._told_uvicorn = False
 
     @property
@@ -116,9 +117,10 @@ class GracefulStop:
         """Cuts every connection; what its client has not read is lost to it."""
         assert self._server
         streams = sum(request.streams for request in self._requests)
-        if self._requests:
+        if self._requests and not self._aborted:
             others = len(self._requests) - streams
             logger.warning("%d streams and %d other requests were aborted: clients join again", streams, others)
+        self._aborted = True
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
         for request in self._requests:
