@@ -20,10 +20,10 @@ import psycopg2
 import pytest
 from celery import Celery
 
+from app.local.server import answers_http
 from app.local.valkey import Valkey
-from tests.acceptance.conftest import web_process
 from tests.support import wait_until
-from tests.support.nodes import TURN_POOL, Process, worker_node
+from tests.support.nodes import TURN_POOL, Process, web_process, worker_node
 from tests.support.scripted_model import ScriptedModel
 from tests.support.wire import FINAL_CHUNK, Wire, body_of, events, last_id
 
@@ -96,6 +96,8 @@ def system(
         stack.callback(worker.teardown)
         for _, web in started:
             web.wait_ready()
+        for url, _ in started:
+            wait_until(lambda: answers_http(f"{url}/v1/health"), 30)  # noqa: B023
         assert worker.ready()
         yield System(env, redis, (started[0][0], started[1][0]), (started[0][1], started[1][1]))
 
@@ -380,7 +382,7 @@ async def read_all(url: str, paths: list[str], when_all_are_open: Callable[[], o
     async def read(path: str) -> bytes:
         nonlocal opened
         reader, writer = await asyncio.open_connection(place.hostname, place.port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode())
         raw = await reader.readuntil(b'"text":"a "')
         opened += 1
         raw += await reader.readuntil(FINAL_CHUNK)

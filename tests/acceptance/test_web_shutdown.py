@@ -16,9 +16,9 @@ import httpx
 import pytest
 from celery import Celery
 
-from tests.acceptance.conftest import web_process
+from app.local.server import answers_http
 from tests.support import ROOT, wait_until
-from tests.support.nodes import TURN_POOL, Process, worker_node
+from tests.support.nodes import TURN_POOL, Process, web_process, worker_node
 from tests.support.scripted_model import ScriptedModel
 from tests.support.wire import Wire, events, last_id
 
@@ -91,6 +91,7 @@ def make_web(worker: dict[str, str], tmp_path: Path, model: ScriptedModel) -> It
         started.append(process)
         process.start()
         process.wait_ready()
+        wait_until(lambda: answers_http(f"{url}/v1/health"), 30)  # it listens a moment later
         return Web(url, process)
 
     yield make

@@ -34,6 +34,7 @@ class Wire:
         self.raw = b""
         self.over = threading.Event()
         place = urlsplit(url)
+        self._host = place.netloc
         self._socket = socket.socket()
         if receive_buffer:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -52,7 +53,7 @@ class Wire:
     def request(self, method: str, path: str, *, body: Any = None, headers: Mapping[str, str] | None = None) -> None:
         """Sends a request, the first one or another one on the same connection."""
         content = b"" if body is None else json.dumps(body).encode()
-        lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(content)}"]
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {self._host}", f"Content-Length: {len(content)}"]
         lines += ["Content-Type: application/json", *(f"{name}: {value}" for name, value in (headers or {}).items())]
         self._socket.sendall("\r\n".join([*lines, "", ""]).encode() + content)
 
