@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from app.api import agents, errors, sessions, turns
 from app.api.service import Service, StoreRecords
+from app.api.shutdown import GracefulStop, Requests
 from app.dispatch import Doorbell
 from app.domain.errors import Unavailable
 from app.endings import Endings
@@ -52,6 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
         await store.run(workers.bump_registry_version)
 
     stack = create_stack_app(settings, registry_changed)
+    stop = GracefulStop(settings.web_grace_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +63,8 @@ def create_app(settings: Settings) -> FastAPI:
             follower = asyncio.create_task(_follow_registry(store, stack, settings.upkeep_seconds))
             opened.callback(follower.cancel)
             settle_memory()
-            yield
+            with stop.on_signals():
+                yield
 
     app = FastAPI(
         title="Caravan", description=DESCRIPTION, version=version("caravan-agents"), lifespan=lifespan, redoc_url=None
@@ -76,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
             )
     errors.install(app, settings.request_max_bytes)
     app.add_middleware(Identification, keys=Keys(settings.api_keys))
+    app.add_middleware(Requests, stop=stop)
     # Added last, so asked first: a browser's preflight brings no key, and it may read why it was refused.
     if settings.cors_origins:
         app.add_middleware(

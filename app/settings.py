@@ -138,6 +138,11 @@ class Settings(BaseSettings):
         ge=1024,
         description="Bytes of events buffered per stream; a slower client is fed from the log instead.",
     )
+    web_grace_seconds: float = Field(
+        default=5,
+        ge=0,
+        description="Seconds that a stopping web process gives its open streams and requests; then it cuts them off.",
+    )
     request_max_bytes: int = Field(
         default=10_485_760, ge=1024, description="Bytes that a request body to an agents route may have (413 beyond)."
     )

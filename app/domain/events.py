@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -99,8 +100,11 @@ def pack(events: Sequence[Event]) -> bytes:
     return zlib.compress("\n".join(map(to_line, events)).encode("ascii"), level=1)
 
 
-def unpack(content: bytes) -> list[Event]:
-    return [from_line(line) for line in zlib.decompress(content).decode("ascii").split("\n")]
+def unpack(content: bytes, after: EventId = START, limit: int | None = None) -> list[Event]:
+    """A segment's events behind `after`, at most `limit` of them: lines cost little, events much more."""
+    lines = zlib.decompress(content).decode("ascii").split("\n")
+    first = bisect_right(lines, after, key=lambda line: trusted_id(line.split(" ", 2)[1]))
+    return [from_line(line) for line in lines[first : None if limit is None else first + limit]]
 
 
 def ascii_json(value: Any) -> str:

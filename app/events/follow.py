@@ -23,10 +23,11 @@ from app.domain.errors import NotFound, Unavailable
 from app.domain.events import LEG_END, TERMINAL, Event, EventId, from_line
 from app.domain.turns import ENDED, TurnStatus
 from app.events.log import EventLog, channel
+from app.events.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
 
-SEGMENTS_AT_ONCE = 8
+EVENTS_AT_ONCE = 2000  # of the log, so that a slow reader holds no more than that
 RETRY_SECONDS = 0.5
 
 
@@ -100,13 +101,18 @@ class Relay:
         self._silence = silence_seconds
         self._buffer = buffer_bytes
         self._channels: dict[str, _Channel] = {}
-        self._pubsub: Any = None
-        self._was_connected = True
+        self._subscriber = Subscriber(
+            log.subscriber,
+            self._channels.keys,
+            on_message=self._dispatch,
+            on_lost=self._unsubscribed,
+            probe_seconds=silence_seconds,
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         self._tasks = [
-            asyncio.create_task(self._listen(), name="relay listen"),
+            asyncio.create_task(self._subscriber.run(), name="relay subscriber"),
             asyncio.create_task(self._watch(), name="relay watch"),
         ]
         return self
@@ -163,8 +169,7 @@ class Relay:
             return False
         if not through_legs:
             return True
-        standing = (await self._persistently(lambda: self._records.standings([turn_id]))).get(turn_id)
-        return standing is None or (standing[0] == TurnStatus.AWAITING_INPUT and standing[1] <= last.id)
+        return await self._ended_at(turn_id, last.id)
 
     async def _ended_at(self, turn_id: str, cursor: EventId) -> bool:
         """Whether nothing comes after what the follower has, unless somebody resumes the turn.
@@ -186,7 +191,7 @@ class Relay:
         """
         while True:
             try:
-                tail = await self._log.read(turn_id, cursor)
+                tail = await self._log.read(turn_id, cursor, EVENTS_AT_ONCE)
             except (RedisError, OSError, TimeoutError):
                 tail = None
             batch = _contiguous(tail.events, cursor) if tail else []
@@ -197,7 +202,7 @@ class Relay:
             if tail and not doubtful and (unknown if tail.last is None else tail.last <= cursor):
                 return
             recorded = await self._persistently(
-                lambda at=cursor: self._records.segments_after(turn_id, at, SEGMENTS_AT_ONCE)  # type: ignore[misc]
+                lambda at=cursor: self._records.segments_after(turn_id, at, EVENTS_AT_ONCE)  # type: ignore[misc]
             )
             if not recorded:
                 return
@@ -217,7 +222,7 @@ class Relay:
         entry.inboxes.add(inbox)
         try:
             if new:
-                await self._subscribe(name)
+                await self._subscriber.subscribe(name)
             # While Redis is down the watcher still finds what is recorded, so a stream need not wait for it for long.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(entry.subscribed.wait(), 1.0)
@@ -226,45 +231,11 @@ class Relay:
             entry.inboxes.discard(inbox)
             if not entry.inboxes and self._channels.get(name) is entry:
                 del self._channels[name]
-                await self._unsubscribe(name)
+                await self._subscriber.unsubscribe(name)
 
-    async def _subscribe(self, name: str) -> None:
-        if self._pubsub is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(name)
-
-    async def _unsubscribe(self, name: str) -> None:
-        if self._pubsub is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.unsubscribe(name)
-
-    async def _listen(self) -> None:
-        """Holds the one pub/sub connection; after each loss, subscribes anew and sends every follower to the log."""
-        while True:
-            pubsub = self._log.subscriber.pubsub()
-            try:
-                asked = set(self._channels)
-                await pubsub.subscribe("caravan:relay", *asked)
-                self._pubsub = pubsub
-                self._was_connected = True
-                await pubsub.subscribe(*(self._channels.keys() - asked), "caravan:relay")
-                while True:
-                    message = await pubsub.get_message(timeout=None)
-                    if message is not None:
-                        self._dispatch(message)
-            except (RedisError, OSError, TimeoutError) as error:
-                if self._was_connected:
-                    logger.warning("Redis is not available (REDIS_URL), streams go on from Postgres: %s", error)
-                self._was_connected = False
-            except Exception:
-                logger.exception("the relay failed, and subscribes anew")
-            finally:
-                self._pubsub = None
-                with contextlib.suppress(Exception):
-                    await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py has no annotation there
-            for entry in self._channels.values():
-                entry.subscribed.clear()
-            await asyncio.sleep(RETRY_SECONDS)
+    def _unsubscribed(self) -> None:
+        for entry in self._channels.values():
+            entry.subscribed.clear()
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         entry = self._channels.get(message["channel"])

@@ -204,7 +204,11 @@ class EventLog:
         self._sender: asyncio.Task[None] | None = None
         # A subscriber waits for as long as nothing is published: no timeout, and so no timer for every message.
         self.subscriber = redis.asyncio.Redis.from_url(
-            url, decode_responses=True, socket_connect_timeout=CONNECT_TIMEOUT_SECONDS, socket_keepalive=True
+            url,
+            decode_responses=True,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            socket_keepalive=True,
+            retry=redis.asyncio.retry.Retry(NoBackoff(), 0),  # a loss must show: what was published meanwhile is missed
         )
 
     async def append(
@@ -262,11 +266,11 @@ class EventLog:
         arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, "1" if force else ""]
         return _raised(await self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
 
-    async def read(self, turn_id: str, cursor: EventId) -> Tail:
-        """The tail's events after `cursor`."""
+    async def read(self, turn_id: str, cursor: EventId, limit: int | None = None) -> Tail:
+        """The tail's events after `cursor`, at most `limit` of them."""
         pipeline = self.redis.pipeline(transaction=True)
         pipeline.hmget(_log(turn_id), "lf", "ln")
-        pipeline.xrange(_tail(turn_id), f"({cursor}", "+")
+        pipeline.xrange(_tail(turn_id), f"({cursor}", "+", limit)
         (fence, n), entries = await pipeline.execute()
         return Tail(EventId(int(fence), int(n)) if fence else None, _events(entries))
 

@@ -43,7 +43,8 @@ class Program(Server):
 
 
 def web(directory: Path, port: int, environment: Mapping[str, str]) -> Program:
-    command = ["uvicorn", "app:main", "--host", HOST, "--port", str(port), "--timeout-graceful-shutdown", "5"]
+    command = ["uvicorn", "app:main", "--host", HOST, "--port", str(port)]
+    environment = {"WEB_GRACE_SECONDS": "1", **environment}  # whoever presses Ctrl-C waits
     return Program("web", command, directory, lambda: answers_http(f"http://{HOST}:{port}/v1/health"), environment)
 
 

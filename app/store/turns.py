@@ -98,16 +98,24 @@ def standings(connection: Connection, turn_ids: Sequence[str]) -> dict[str, Stan
     return {row.turn_id: Standing(TurnStatus(row.status), EventId(row.last_fence, row.last_n)) for row in rows}
 
 
+SEGMENTS_AT_ONCE = 8
+
+
 def segments_after(connection: Connection, turn_id: str, cursor: EventId, limit: int) -> list[Event]:
-    """The recorded events after `cursor`, from at most `limit` segments."""
+    """The first recorded events after `cursor`, at most `limit` of them: none if there are none."""
     position = tuple_(event_segments.c.last_fence, event_segments.c.last_n)
     query = (
         select(event_segments.c.events)
         .where(event_segments.c.turn_id == turn_id, position > tuple_(literal(cursor.fence), literal(cursor.n)))
         .order_by(event_segments.c.last_fence, event_segments.c.last_n)
-        .limit(limit)
+        .limit(SEGMENTS_AT_ONCE)
     )
-    return [event for content in connection.scalars(query) for event in events.unpack(content) if event.id > cursor]
+    found: list[Event] = []
+    for content in connection.scalars(query):
+        found += events.unpack(content, cursor, limit - len(found))
+        if len(found) >= limit:
+            break
+    return found
 
 
 def cancel(

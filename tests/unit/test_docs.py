@@ -95,3 +95,11 @@ def test_decisions_are_numbered_and_say_what_a_decision_must() -> None:
     for path in pages:
         headings = HEADING.findall(path.read_text())
         assert headings[1:5] == ["Context", "Decision", "Alternatives", "Consequences"], path.name
+
+
+def test_each_test_named_exists() -> None:
+    """What docs/guarantees.md says is proven, is."""
+    named = {each for path in DOCUMENTS for each in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())}
+    assert len(named) > 50
+    for path, test in sorted(named):
+        assert re.search(rf"^(async )?def {test}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{test}"

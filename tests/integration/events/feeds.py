@@ -78,8 +78,8 @@ class MemoryRecords:
 
     async def segments_after(self, turn_id: str, cursor: EventId, limit: int) -> list[Event]:
         self._ask()
-        later = [segment for segment in self.segments.get(turn_id, []) if segment[-1].id > cursor]
-        return [event for segment in later[:limit] for event in segment if event.id > cursor]
+        recorded = [event for segment in self.segments.get(turn_id, []) for event in segment]
+        return [event for event in recorded if event.id > cursor][:limit]
 
     async def standings(self, turn_ids: Sequence[str]) -> dict[str, tuple[TurnStatus, EventId]]:
         self._ask()

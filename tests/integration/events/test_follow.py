@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
+import signal
 from typing import Any
 
 import pytest
 
 from app.domain.errors import NotFound
-from app.domain.events import LOST_TAIL_LEAP, START, Event, EventId, EventKind, number
+from app.domain.events import LOST_TAIL_LEAP, START, Event, EventId, EventKind, number, to_line
 from app.domain.turns import TurnStatus
-from app.events.follow import Relay
+from app.events.follow import EVENTS_AT_ONCE, Relay
 from app.events.log import EventLog, channel
 from app.local.valkey import Valkey
 from tests.integration.events.conftest import listening
@@ -32,6 +35,20 @@ async def subscribed(relay: Relay, *turn_ids: str) -> None:
 
 async def appended(log: EventLog, turn_id: str, events: list[Event], **more: Any) -> None:
     assert await log.append(turn_id, events[-1].id.fence, events, **more) == "ok"
+
+
+async def stored(log: EventLog, turn_id: str, events: list[Event]) -> None:
+    """Appends to the log in Redis, and publishes nothing."""
+    for event in events:
+        fields: dict[Any, Any] = {"a": str(event.after), "k": event.kind.value, "d": event.data}
+        await log.redis.xadd(f"{channel(turn_id)}:tail", fields, str(event.id))
+    last: dict[Any, Any] = {"lf": str(events[-1].id.fence), "ln": str(events[-1].id.n)}
+    await log.redis.hset(f"{channel(turn_id)}:log", mapping=last)
+
+
+async def published(log: EventLog, turn_id: str, events: list[Event]) -> None:
+    """Publishes one message, and appends nothing."""
+    await log.redis.publish(channel(turn_id), "\n".join(map(to_line, events)))
 
 
 async def test_events_arrive_live_and_the_stream_ends_with_the_turn(
@@ -148,16 +165,47 @@ async def test_a_jump_in_what_is_published_sends_the_follower_to_the_log(
     await subscribed(patient_relay, turn_id)
     await appended(log, turn_id, events[:2])
     await follower.has(events[:2])
-    key = f"{channel(turn_id)}:log"
-    await log.redis.rename(f"{channel(turn_id)}:tail", f"{channel(turn_id)}:kept")  # a lost message is in the log only
-    for event in events[2:4]:
-        fields: dict[Any, Any] = {"a": str(event.after), "k": event.kind.value, "d": event.data}
-        await log.redis.xadd(f"{channel(turn_id)}:kept", fields, str(event.id))
-    await log.redis.rename(f"{channel(turn_id)}:kept", f"{channel(turn_id)}:tail")
-    await log.redis.hset(key, mapping={"lf": "1", "ln": "4"})
+    await stored(log, turn_id, events[2:4])  # a lost message is in the log only
     await appended(log, turn_id, events[4:])
     await follower.has(events)
     await follower.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_messages_may_be_lost_doubled_and_reordered(
+    log: EventLog, relay: Relay, records: MemoryRecords, turn_id: str, seed: int
+) -> None:
+    """Whatever becomes of the messages, late ones of a dead attempt among them: every event comes once, in order.
+
+    Postgres has some of the log or none; in some runs Redis loses all of it at the end.
+    """
+    chance = random.Random(seed)
+    dead = made(20)
+    alive = [*made(40, dead[11].id, 3), terminal(EventId(3, 52), 3)]
+    whole, late = [*dead[:12], *alive], dead[13:]
+    await log.raise_fence(turn_id, 1, START)
+    followers = [Follower(relay, turn_id), Follower(relay, turn_id, whole[5].id)]
+    await subscribed(relay, turn_id)
+    messages = []
+    for at in range(0, len(whole), 4):
+        batch = whole[at : at + 4]
+        await stored(log, turn_id, batch)
+        messages += [batch] * chance.choice([0, 1, 1, 2])
+        if chance.random() < 0.3:
+            records.segments[turn_id] = [whole[: at + len(batch)]]
+        if at >= 16 and chance.random() < 0.5:
+            messages.append(chance.sample(late, 1))
+        if chance.random() < 0.5:
+            chance.shuffle(messages)
+            for message in messages:
+                await published(log, turn_id, message)
+            messages = []
+    if chance.random() < 0.5:
+        records.segments[turn_id] = [whole]
+        records.status[turn_id] = TurnStatus.COMPLETED
+        await log.redis.flushall()
+    assert await followers[0].ended() == whole
+    assert await followers[1].ended() == whole[6:]
 
 
 async def test_a_full_buffer_sends_the_follower_to_the_log(log: EventLog, records: MemoryRecords, turn_id: str) -> None:
@@ -243,8 +291,7 @@ async def test_events_of_a_dead_attempt_never_follow_those_of_its_successor(
     await appended(log, turn_id, new[:1])
     await follower.has([*old[:2], new[0]])
     assert await log.append(turn_id, 1, old[2:]) == "stale"
-    lines = "\n".join(f"{event.after} {event.id} {event.kind} {event.data}" for event in old[2:])
-    await log.redis.publish(channel(turn_id), lines)
+    await published(log, turn_id, old[2:])
     await appended(log, turn_id, new[1:])
     await follower.has([*old[:2], *new])
     await follower.close()
@@ -369,3 +416,73 @@ async def test_a_turn_that_is_deleted_cuts_its_streams(
     records.delete(turn_id)
     with pytest.raises(NotFound):
         await follower.ended()
+
+
+async def test_a_turn_that_is_deleted_while_it_awaits_input_cuts_its_streams(
+    log: EventLog, relay: Relay, records: MemoryRecords, turn_id: str
+) -> None:
+    """Its end was recorded and is gone: a stream through legs must not end as if nothing came after the leg."""
+    leg = [*made(2), made(1, made(2)[-1].id, kind=EventKind.TURN_AWAITING_INPUT)[0]]
+    await log.raise_fence(turn_id, 1, START)
+    follower = Follower(relay, turn_id, through_legs=True)
+    await subscribed(relay, turn_id)
+    records.delete(turn_id)
+    await appended(log, turn_id, leg)
+    with pytest.raises(NotFound):
+        await follower.ended()
+
+
+async def test_a_slow_follower_holds_a_page_of_the_log(
+    log: EventLog, patient_relay: Relay, records: MemoryRecords, turn_id: str
+) -> None:
+    """However long the log is, in Redis or in Postgres: what it has not taken is not read."""
+    events = [*made(3 * EVENTS_AT_ONCE), terminal(made(3 * EVENTS_AT_ONCE)[-1].id)]
+    await log.raise_fence(turn_id, 1, START)
+    await appended(log, turn_id, events)
+    for _ in range(2):
+        got = []
+        async for batch in patient_relay.follow(turn_id, START, through_legs=False):
+            assert len(batch) <= EVENTS_AT_ONCE
+            got += batch
+        assert got == events
+        records.record(turn_id, events)
+        await log.redis.flushall()
+
+
+async def test_a_subscription_that_is_cut_is_made_anew_at_once(
+    log: EventLog, patient_relay: Relay, turn_id: str, redis: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was published meanwhile is read from the log, although nothing else comes."""
+    events = made(4)
+    await log.raise_fence(turn_id, 1, START)
+    follower = Follower(patient_relay, turn_id)
+    await subscribed(patient_relay, turn_id)
+    await appended(log, turn_id, events[:2])
+    await follower.has(events[:2])
+    redis.ask("CLIENT KILL TYPE pubsub")
+    await appended(log, turn_id, events[2:])
+    await follower.has(events)
+    await follower.close()
+    assert "Redis is not available (REDIS_URL), streams go on from Postgres" in caplog.text
+
+
+async def test_a_connection_that_hangs_is_given_up(
+    log: EventLog, relay: Relay, turn_id: str, redis: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Redis is stopped, and answers nothing: the log says so; afterwards followers are live again."""
+    caplog.set_level("INFO")
+    await log.raise_fence(turn_id, 1, START)
+    follower = Follower(relay, turn_id)
+    await subscribed(relay, turn_id)
+    assert redis.pid
+    os.kill(redis.pid, signal.SIGSTOP)
+    try:
+        await until(lambda: "it does not answer" in caplog.text)
+        await until(lambda: not relay._channels[channel(turn_id)].subscribed.is_set())
+    finally:
+        os.kill(redis.pid, signal.SIGCONT)
+    await subscribed(relay, turn_id)
+    await appended(log, turn_id, made(2))
+    await follower.has(made(2))
+    await follower.close()
+    assert "Redis is available again, streams are live" in caplog.text

@@ -219,7 +219,9 @@ def test_standings_and_segments_read_what_was_recorded(seeds: Seeds) -> None:
     for index, event in enumerate(everything):
         assert seeds.events(claim.turn_id, event.id) == everything[index + 1 :]
     assert seeds.events(claim.turn_id) == everything
-    assert seeds.store.transact(turns.segments_after, claim.turn_id, first[0].after, 1) == first
+    for limit in range(1, 6):
+        found = seeds.store.transact(turns.segments_after, claim.turn_id, first[0].after, limit)
+        assert found == everything[:limit]
     standings = seeds.store.transact(turns.standings, [claim.turn_id, str(uuid.uuid4())])
     assert {key: (one.status, one.last) for key, one in standings.items()} == {
         claim.turn_id: (TurnStatus.RUNNING, everything[-1].id)
