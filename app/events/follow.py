@@ -107,6 +107,7 @@ class Relay:
             on_message=self._dispatch,
             on_lost=self._unsubscribed,
             probe_seconds=silence_seconds,
+            meanwhile="streams go on from Postgres",
         )
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -26,7 +26,8 @@ class Subscriber:
     `on_lost` is called when the connection is lost: whatever is published from there on, until a subscription is
     confirmed again, is missed.
     A read on a silent connection never times out, so every `probe_seconds` a ping asks for a sign of life. Two without
-    an answer, and the connection is given up: a Redis that hangs, or that vanished without a word.
+    an answer, and the connection is given up: a Redis that hangs, or that vanished without a word. `meanwhile` says in
+    the log what happens without Redis.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Subscriber:
         on_message: Callable[[dict[str, Any]], None],
         on_lost: Callable[[], None],
         probe_seconds: float,
+        meanwhile: str,
     ) -> None:
         self._client = client
         self._names = names
         self._on_message = on_message
         self._on_lost = on_lost
         self._probe_seconds = probe_seconds
+        self._meanwhile = meanwhile
         self._pubsub: Any = None
         self._heard = 0
         self._given_up = asyncio.timeout(None)
@@ -57,7 +60,7 @@ class Subscriber:
             except (RedisError, OSError, TimeoutError) as error:
                 if self._live:
                     reason = str(error) or "it does not answer"
-                    logger.warning("Redis is not available (REDIS_URL), streams go on from Postgres: %s", reason)
+                    logger.warning("Redis is not available (REDIS_URL), %s: %s", self._meanwhile, reason)
                 self._live = False
             except Exception:
                 logger.exception("the subscriber failed, and subscribes anew")
@@ -88,7 +91,7 @@ class Subscriber:
     def _take(self, message: dict[str, Any]) -> None:
         if not self._live:
             self._live = True
-            logger.info("Redis is available again, streams are live")
+            logger.info("Redis is available again")
         self._on_message(message)
 
     async def _probe(self, pubsub: Any) -> None:

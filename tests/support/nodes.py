@@ -186,3 +186,25 @@ def web_process(env: Mapping[str, str], log: Path, *options: str) -> tuple[str, 
     port = free_port()
     command = ["uvicorn", "app:main", "--port", str(port), *options]
     return f"http://127.0.0.1:{port}", Process("web", command, env, log, "Uvicorn running on")
+
+
+def worker_process(pool: Sequence[str], env: Mapping[str, str], log: Path, *, name: str = "worker") -> Process:
+    """A worker with the given pool's options, not started yet."""
+    custom = {"CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TurnPool"} if "custom" in pool else {}
+    command = ["celery", "-A", "tasks", "worker", *pool, "-l", "info", "-n", f"{name}@%h"]
+    return Process(name, command, {**env, **custom}, log, "ready.")
+
+
+def worker_node(
+    pool: Sequence[str], env: Mapping[str, str], log: Path, app: Celery, *, name: str = "worker"
+) -> CeleryTestWorker:
+    """A worker with the given pool's options, started; wait for it with `node.ready()`."""
+    process = worker_process(pool, env, log, name=name)
+    process.start()
+    return CeleryTestWorker(ProcessContainer(process, env["REDIS_URL"]), app)
+
+
+def wait_for_children(process: Process, count: int, timeout: float = READY_SECONDS) -> None:
+    """Waits until a prefork worker has so many children that are ready."""
+    deadline = time.monotonic() + timeout
+    wait_until(lambda: process.output().count("is ready") >= count, max(0.1, deadline - time.monotonic()))
