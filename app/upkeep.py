@@ -62,9 +62,9 @@ class Upkeep(threading.Thread):
 
     def once(self) -> None:
         """One round. Raises Unavailable."""
-        started = time.monotonic()
-        if started >= self._trust_after:
+        if time.monotonic() >= self._trust_after:
             self._reap()
+        started = time.monotonic()  # a worker's many turns take long to take, which says nothing of Postgres
         self._end_overdue()
         for turn_id in self._store.transact(workers.unwanted):
             self._endings.cancel(turn_id)
@@ -98,16 +98,22 @@ class Upkeep(threading.Thread):
         dead = self._store.transact(self._mark_dead_unless_slow, started)
         if dead:
             logger.warning("%d worker processes are dead: their leases ran out", dead)
-        for turn_id in self._store.transact(workers.orphans):
-            queued, ended = self._store.transact(
-                workers.take_from_dead, turn_id, self._settings.max_worker_losses, self._endings.log.raise_fence
-            )
-            if queued:
-                logger.warning("turn %s lost its worker and is queued again", queued)
-                self._endings.doorbell.ring(queued)
-            if ended:
-                logger.warning("turn %s lost its worker and has ended", turn_id)
-                self._endings.announce([ended])
+        seen: set[str] = set()
+        while orphans := set(self._store.transact(workers.orphans)) - seen:  # what is left, others take now
+            seen |= orphans
+            for turn_id in orphans:
+                self._take(turn_id)
+
+    def _take(self, turn_id: str) -> None:
+        queued, ended = self._store.transact(
+            workers.take_from_dead, turn_id, self._settings.max_worker_losses, self._endings.log.raise_fence
+        )
+        if queued:
+            logger.warning("turn %s lost its worker and is queued again", queued)
+            self._endings.doorbell.ring(queued)
+        if ended:
+            logger.warning("turn %s lost its worker and has ended", turn_id)
+            self._endings.announce([ended])
 
     def _mark_dead_unless_slow(self, connection: Connection, started: float) -> int:
         """A reap whose own statement was slow is rolled back: leases may have been renewed behind the same delay."""

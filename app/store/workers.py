@@ -154,7 +154,8 @@ def _requeue_or_end(
     if overdue:
         return None, end(connection, turn_id, overdue_failure(), raise_fence, running=True)
     if cost and failures >= max_losses:
-        message = f"The worker running this turn was lost {failures} times in a row with no step finished in between."
+        times = "once" if failures == 1 else f"{failures} times in a row with no step finished in between"
+        message = f"The worker running this turn was lost {times} (MAX_WORKER_LOSSES)."
         return None, end(connection, turn_id, TurnFailure("worker_lost", message), raise_fence, running=True)
     values = {"status": TurnStatus.QUEUED, "fence": turns.c.fence + 1, "failures": failures, "tail_lost": True}
     suspected = failures >= SUSPECTED_FROM
