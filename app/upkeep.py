@@ -64,15 +64,14 @@ class Upkeep(threading.Thread):
         """One round. Raises Unavailable."""
         if time.monotonic() >= self._trust_after:
             self._reap()
-        started = time.monotonic()  # a worker's many turns take long to take, which says nothing of Postgres
+        started = time.monotonic()  # taking hundreds of turns is slow, and says nothing of Postgres
         self._end_overdue()
         for turn_id in self._store.transact(workers.unwanted):
             self._endings.cancel(turn_id)
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
         self._store.transact(workers.forget_dead_workers)
         self._store.transact(admission.forget_keys, PURGE_BATCH)
-        if time.monotonic() - started > self._settings.heartbeat_seconds:
-            self._distrust()
+        self._distrust_if_slow(started)
         self._ring()
 
     def _ring(self) -> None:
@@ -102,7 +101,9 @@ class Upkeep(threading.Thread):
         while orphans := set(self._store.transact(workers.orphans)) - seen:  # what is left, others take now
             seen |= orphans
             for turn_id in orphans:
+                started = time.monotonic()
                 self._take(turn_id)
+                self._distrust_if_slow(started)
 
     def _take(self, turn_id: str) -> None:
         queued, ended = self._store.transact(
@@ -121,6 +122,10 @@ class Upkeep(threading.Thread):
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             raise Unavailable("Postgres answers slowly, so nobody is taken for dead")
         return dead
+
+    def _distrust_if_slow(self, started: float) -> None:
+        if time.monotonic() - started > self._settings.heartbeat_seconds:
+            self._distrust()
 
     def _distrust(self) -> None:
         self._trust_after = time.monotonic() + self._settings.lease_seconds

@@ -325,9 +325,7 @@ class Runtime:
 _current: Runtime | None = None
 
 
-def start(
-    settings: Settings, limit: Callable[[], int] = lambda: 1, own_processes: OwnProcesses | None = None
-) -> None:
+def start(settings: Settings, limit: Callable[[], int] = lambda: 1, own_processes: OwnProcesses | None = None) -> None:
     """Starts this process's runtime, which runs up to `limit()` turns at once."""
     global _current
     runtime = Runtime(settings, limit, own_processes)
