@@ -96,11 +96,13 @@ def mark_dead(connection: Connection, lease_seconds: float) -> int:
 
 
 def orphans(connection: Connection) -> list[str]:
-    """Running turns whose worker is dead."""
+    """Some running turns whose worker is dead: not the same for each of the processes that take them now."""
     query = select(turns.c.turn_id).join(workers, workers.c.worker_id == turns.c.worker_id)
     return list(
         connection.scalars(
-            query.where(turns.c.status == TurnStatus.RUNNING, workers.c.dead_at.is_not(None)).limit(BATCH)
+            query.where(turns.c.status == TurnStatus.RUNNING, workers.c.dead_at.is_not(None))
+            .order_by(func.random())
+            .limit(BATCH)
         )
     )
 
