@@ -23,7 +23,7 @@ EXIT_SECONDS = 0.2
 """A child that was told to exit in mid-turn first passes the outcome of its task to the parent."""
 
 
-class HandOver(bootsteps.StartStopStep):  # type: ignore[misc]
+class HandOver(bootsteps.StartStopStep):
     """Stopped after the consumer and before the pool."""
 
     requires = ("celery.worker.components:Pool",)
