@@ -168,6 +168,8 @@ class Runtime:
             self._draining = asyncio.create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
+        count, within = self._claiming.total(), self._settings.drain_seconds
+        logger.info("draining: %d turns are handed over within %g s (DRAIN_SECONDS)", count, within)
         self._hand_over(signal.SIGTERM)
         if await self._is_idle(self._settings.drain_seconds, unless=self._hurry):
             return

@@ -265,20 +265,28 @@ STOPS = [stop_by_signal, stop_the_group, stop_by_control]
 def test_a_stopping_worker_hands_over_at_the_end_of_the_step(
     patient: Fleet, model: ScriptedModel, gate: str, pool: str, stop: Callable[[Process], None]
 ) -> None:
-    """It waits for the step, records it, and another worker goes on at once; nothing is asked of the model twice."""
+    """It waits for the step and records it, and another worker goes on at once, while the first one still waits for
+    another turn's step; nothing is asked of the model twice."""
     first = patient.worker(pool)
-    turn = patient.turn(f"PART a | HOLD {gate} | CALL nothing {{}}\nDELAY 300 | SAY done")
-    model.wait_held(gate)
+    turn, longer = (
+        patient.turn(f"PART a | HOLD {number}-{gate} | CALL nothing {{}}\nDELAY 300 | SAY done") for number in range(2)
+    )
+    for number in range(2):
+        model.wait_held(f"{number}-{gate}")
     patient.another_worker(pool)
-    before = turn.owner
+    before = {turn.owner, longer.owner}
     stop(first)
-    wait_until(lambda: not waits_for_messages(patient, first), 30)
+    wait_until(lambda: "draining: 1 " in first.output() or "draining: 2 " in first.output(), 30)
     assert turn.status == "running"
-    model.release(gate)
-    wait_until(lambda: turn.owner != before, SOON)
-    assert turn.answer() == "done "
-    assert len(model.requests()) == 2
-    assert patient.failures(turn) == 0
+    model.release(f"0-{gate}")
+    wait_until(lambda: turn.owner not in before, SOON)
+    assert longer.owner in before
+    model.release(f"1-{gate}")
+    for each in (turn, longer):
+        assert each.answer() == "done "
+        assert each.owner not in before
+        assert patient.failures(each) == 0
+    assert len(model.requests()) == 4
     first.wait_ended()
     assert "WorkerLostError" not in first.output()
 
