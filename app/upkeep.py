@@ -69,17 +69,16 @@ class Upkeep(threading.Thread):
 
     def once(self) -> None:
         """One round. Raises Unavailable."""
-        started = time.monotonic()
-        if started >= self._trust_after:
+        if time.monotonic() >= self._trust_after:
             self._reap()
+        started = time.monotonic()  # taking hundreds of turns is slow, and says nothing of Postgres
         self._end_overdue()
         for turn_id in self._store.transact(workers.unwanted):
             self._endings.cancel(turn_id)
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
         self._store.transact(workers.forget_dead_workers)
         self._store.transact(admission.forget_keys, PURGE_BATCH)
-        if time.monotonic() - started > self._settings.heartbeat_seconds:
-            self._distrust()
+        self._distrust_if_slow(started)
         self._ring()
 
     def _ring(self) -> None:
@@ -105,16 +104,24 @@ class Upkeep(threading.Thread):
         dead = self._store.transact(self._mark_dead_unless_slow, started)
         if dead:
             logger.warning("%d worker processes are dead: their leases ran out", dead)
-        for turn_id in self._store.transact(workers.orphans):
-            queued, ended = self._store.transact(
-                workers.take_from_dead, turn_id, self._settings.max_worker_losses, self._endings.log.raise_fence
-            )
-            if queued:
-                logger.warning("turn %s lost its worker and is queued again", queued)
-                self._endings.doorbell.ring(queued)
-            if ended:
-                logger.warning("turn %s lost its worker and has ended", turn_id)
-                self._endings.announce([ended])
+        seen: set[str] = set()
+        while orphans := set(self._store.transact(workers.orphans)) - seen:  # what is left, others take now
+            seen |= orphans
+            for turn_id in orphans:
+                started = time.monotonic()
+                self._take(turn_id)
+                self._distrust_if_slow(started)
+
+    def _take(self, turn_id: str) -> None:
+        queued, ended = self._store.transact(
+            workers.take_from_dead, turn_id, self._settings.max_worker_losses, self._endings.log.raise_fence
+        )
+        if queued:
+            logger.warning("turn %s lost its worker and is queued again", queued)
+            self._endings.doorbell.ring(queued)
+        if ended:
+            logger.warning("turn %s lost its worker and has ended", turn_id)
+            self._endings.announce([ended])
 
     def _mark_dead_unless_slow(self, connection: Connection, started: float) -> int:
         """A reap whose own statement was slow is rolled back: leases may have been renewed behind the same delay."""
@@ -122,6 +129,10 @@ class Upkeep(threading.Thread):
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             raise Unavailable("Postgres answers slowly, so nobody is taken for dead")
         return dead
+
+    def _distrust_if_slow(self, started: float) -> None:
+        if time.monotonic() - started > self._settings.heartbeat_seconds:
+            self._distrust()
 
     def _distrust(self) -> None:
         self._trust_after = time.monotonic() + self._settings.lease_seconds

@@ -3,13 +3,12 @@
     CELERY_CUSTOM_WORKER_POOL=tasks.pool:TurnPool celery -A tasks worker -P custom --autoscale=500,10
 
 A task's request waits for its turn in a thread that does nothing else, through Celery's own tracer, so that signals,
-events, Flower and `revoke` work as in any pool (docs/decisions/0003). Growing and shrinking move a limit.
+events and Flower work as in any pool (docs/decisions/0003). Growing and shrinking move a limit.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +17,7 @@ from celery.concurrency.base import BasePool, apply_target
 
 from app.settings import get_settings
 from tasks import runtime
+from tasks.isolation import OwnProcesses
 
 
 class TurnPool(BasePool):
@@ -30,11 +30,12 @@ class TurnPool(BasePool):
 
     def on_start(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=self.limit, thread_name_prefix="request")
-        runtime.start(get_settings(), lambda: self.limit)
+        runtime.start(get_settings(), lambda: self.limit, OwnProcesses())
 
     def on_stop(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
         runtime.stop()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True)
 
     on_terminate = on_stop
 
@@ -54,17 +55,12 @@ class TurnPool(BasePool):
         callback: Callable[..., Any] | None = None,
         accept_callback: Callable[..., Any] | None = None,
         **_: Any,
-    ) -> Any:
-        return self._executor.submit(self._apply, target, args or (), kwargs or {}, callback, accept_callback)
-
-    @staticmethod
-    def _apply(target: Any, args: Any, kwargs: Any, callback: Any, accept_callback: Any) -> None:
-        """The thread's id stands for the process id that Celery names a running request by."""
-        apply_target(target, args, kwargs, callback, accept_callback, pid=threading.get_native_id())
+    ) -> None:
+        self._executor.submit(apply_target, target, args or (), kwargs or {}, callback, accept_callback)
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """`revoke --terminate` and Flower's Terminate: cancels the one turn."""
-        runtime.current().cancel_waiting(pid)
+        """Asked for in a cold shutdown, for each request: all turns are handed over at once."""
+        runtime.drain(at_once=True)
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any
 
@@ -19,15 +21,18 @@ from redis.exceptions import RedisError
 
 from app.dispatch import Doorbell
 from app.domain.errors import CaravanError, Unavailable
+from app.domain.turns import isolated_from
 from app.endings import Endings
 from app.events.cancellations import hear_cancellations
 from app.events.log import EventLog, SyncLog
 from app.settings import Settings
 from app.store import Store, claims, workers
+from app.store.claims import Claim
 from app.store.workers import Renewal
 from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
 from tasks.engine.attempt import Attempt, Tools
+from tasks.isolation import OwnProcesses
 from tasks.lease import Lease
 from tasks.stack import LlamaStack
 
@@ -39,18 +44,34 @@ HAND_OVER_SECONDS = 8
 
 
 class Runtime:
-    """Start it in the process that runs turns, never before a fork. `limit`: how many turns it may run at once."""
+    """Start it in the process that runs turns, never before a fork. `limit`: how many turns it may run at once.
 
-    def __init__(self, settings: Settings, limit: Callable[[], int]) -> None:
+    `own_processes`: run turns that may have crashed their workers. Without it all run here: there are no neighbours.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        limit: Callable[[], int] = lambda: 1,
+        own_processes: OwnProcesses | None = None,
+        *,
+        upkeep: bool = True,
+    ) -> None:
         self._settings = settings
         self._limit = limit
+        self._own_processes = own_processes
+        self._isolated_from = isolated_from(settings.max_worker_losses)
+        self._does_upkeep = upkeep
+        self._upkeep: Upkeep | None = None
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="turns", daemon=True)
         self._running: dict[str, Attempt] = {}
-        self._waiting: dict[int, str] = {}
         self._claiming: Counter[str] = Counter()  # a turn may be asked for twice at once
+        self._calls: set[Future[str]] = set()
         self._owned_unknown: set[str] = set()
         self._stopping = False
+        self._draining: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._disowning: set[asyncio.Task[None]] = set()
@@ -61,21 +82,22 @@ class Runtime:
         """Comes up wholly, Llama Stack included. Raises Unavailable, or what the Llama Stack raises."""
         self._thread.start()
         self._store = Store(self._settings.sqlalchemy_url, pool_size=self._settings.database_pool_size, name="worker")
-        self._upkeep_store = Store(
-            self._settings.sqlalchemy_url,
-            pool_size=1,
-            name="worker-upkeep",
-            transaction_seconds=Upkeep.TRANSACTION_SECONDS,
-        )
         self._doorbell = Doorbell()
         self._sync_log = SyncLog(self._settings.redis_url.get_secret_value())
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_SECONDS)
+        settle_memory()  # takes a good part of a short lease
         self._lease = Lease(self._settings, self._loop, on_renewed=self._renewed, on_lost=self._drop_all)
         self._lease.register()
         self._lease.start()
-        self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell), self)
-        self._upkeep.start()
-        settle_memory()
+        if self._does_upkeep:
+            self._upkeep_store = Store(
+                self._settings.sqlalchemy_url,
+                pool_size=1,
+                name="worker-upkeep",
+                transaction_seconds=Upkeep.TRANSACTION_SECONDS,
+            )
+            self._upkeep = Upkeep(self._settings, Endings(self._upkeep_store, self._sync_log, self._doorbell), self)
+            self._upkeep.start()
         logger.info("worker process %s is ready", self._lease.name_of_process)
 
     async def _start(self) -> None:
@@ -88,32 +110,36 @@ class Runtime:
 
     def run(self, turn_id: str) -> str:
         """Runs a turn if it can be claimed, and waits for it; gives how that went, for the task's log line."""
-        thread = threading.get_native_id()
-        self._waiting[thread] = turn_id
+        call = asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop)
+        self._calls.add(call)
         try:
-            return asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop).result()
+            return call.result()
+        except CancelledError:
+            return "left behind: this worker has stopped"
         finally:
-            del self._waiting[thread]
+            self._calls.discard(call)
 
     def room(self) -> int:
         """How many more turns this process may run now."""
-        return max(0, self._limit() - self._claiming.total())
+        return 0 if self._stopping else max(0, self._limit() - self._claiming.total())
 
     def run_unrung(self, turn_id: str) -> None:
         """Claims and runs a turn that no message came for, and does not wait for it."""
         logger.info("turn %s is taken without a message: the broker is down (CELERY_BROKER_URL)", turn_id)
         asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop)
 
-    def cancel_waiting(self, thread: int) -> None:
-        """Cancels the turn that a thread waits for, given its native id."""
-        turn_id = self._waiting.get(thread)
-        if turn_id is not None:
-            self._loop.call_soon_threadsafe(self._cancel, turn_id)
+    def drain(self, *, at_once: bool = False) -> None:
+        """Takes no more turns, and hands over each running one at the end of its step, at the latest after
+        `DRAIN_SECONDS`, or all at once. Returns before that is done (`stop` waits); may be called in a signal handler.
+        """
+        self._loop.call_soon_threadsafe(self._start_draining, at_once)
 
     def stop(self) -> None:
-        """Hands the running turns over to other workers, then ends everything."""
-        self._upkeep.stop()
+        """Drains, then ends everything."""
+        self.drain()
         try:
+            if self._upkeep is not None:
+                self._upkeep.stop()
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(
                 self._settings.drain_seconds + STOP_TIMEOUT_SECONDS
             )
@@ -123,39 +149,62 @@ class Runtime:
     def _close(self) -> None:
         self._lease.stop()
         self._store.close()
-        self._upkeep_store.close()
+        if self._upkeep is not None:
+            self._upkeep_store.close()
         self._sync_log.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
+        for call in list(self._calls):
+            call.cancel()  # nothing runs it any more, and a thread waits for it
 
     async def _stop(self) -> None:
+        assert self._draining is not None
+        await self._draining
         for task in self._background:
             task.cancel()
-        self._stopping = True
-        for attempt in self._running.values():
-            attempt.hand_over()
-        if not await self._is_idle(self._settings.drain_seconds):
-            for attempt in self._running.values():
-                attempt.hand_over(now=True)
-            if not await self._is_idle(HAND_OVER_SECONDS):
-                logger.warning(
-                    "%d turns cannot be handed over: others take them when the lease is over", len(self._running)
-                )
-                for attempt in self._running.values():
-                    attempt.drop()
-                await self._is_idle(HAND_OVER_SECONDS)
         await self._stack.close()
         await self._log.close()
 
-    async def _is_idle(self, within_seconds: float) -> bool:
-        """Waits until nothing is claimed or run here."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), within_seconds)
+    def _start_draining(self, at_once: bool) -> None:
+        if at_once:
+            self._hurry.set()
+        if self._draining is None:
+            self._stopping = True
+            self._draining = asyncio.create_task(self._drain(), name="drain")
+
+    async def _drain(self) -> None:
+        count, within = self._claiming.total(), self._settings.drain_seconds
+        logger.info("draining: %d turns are handed over within %g s (DRAIN_SECONDS)", count, within)
+        self._hand_over(signal.SIGTERM)
+        if await self._is_idle(self._settings.drain_seconds, unless=self._hurry):
+            return
+        self._hand_over(signal.SIGQUIT, now=True)
+        if await self._is_idle(HAND_OVER_SECONDS):
+            return
+        logger.warning("%d turns cannot be handed over: others take them when the lease is over", len(self._running))
+        for attempt in self._running.values():
+            attempt.drop()
+        if self._own_processes is not None:
+            self._own_processes.stop(signal.SIGKILL)
+        await self._is_idle(HAND_OVER_SECONDS)
+
+    def _hand_over(self, to_own_processes: signal.Signals, *, now: bool = False) -> None:
+        for attempt in self._running.values():
+            attempt.hand_over(now=now)
+        if self._own_processes is not None:
+            self._own_processes.stop(to_own_processes)
+
+    async def _is_idle(self, within_seconds: float, *, unless: asyncio.Event | None = None) -> bool:
+        """Waits until nothing is claimed or run here, or `unless` is set."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._idle, unless) if event is not None]
+        await asyncio.wait(waits, timeout=within_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         return not self._claiming
 
     async def _run(self, turn_id: str) -> str:
         if self._stopping:
-            return "not claimable: this worker stops"
+            return await self._leave_to_others(turn_id)
         self._claiming[turn_id] += 1
         self._idle.clear()
         try:
@@ -167,11 +216,9 @@ class Runtime:
 
     async def _claim_and_run(self, turn_id: str) -> str:
         with turn_context(turn_id):
-            claim = await self._store.run(
-                claims.claim, turn_id, self._lease.worker_id, self._settings.turn_timeout_seconds
-            )
+            claim = await self._claim(turn_id)
             if claim is None:
-                return "not claimable"
+                return await self._run_in_own_process(turn_id)
             logger.info("claimed, attempt %d", claim.fence)
             await self._keep_registry_current(claim.registry_version)
             may_write = partial(self._lease.valid, claim.worker_id)
@@ -197,6 +244,28 @@ class Runtime:
             if to_ring is not None:
                 await asyncio.to_thread(self._doorbell.ring, to_ring)
             return outcome
+
+    async def _claim(self, turn_id: str) -> Claim | None:
+        limit = {} if self._own_processes is None else {"fewer_failures_than": self._isolated_from}
+        timeout = self._settings.turn_timeout_seconds
+        return await self._store.run(claims.claim, turn_id, self._lease.worker_id, timeout, **limit)
+
+    async def _run_in_own_process(self, turn_id: str) -> str:
+        """For a turn that cannot be claimed here: perhaps because it may have crashed its workers."""
+        if self._own_processes is None or not await self._wants_process(turn_id):
+            return "not claimable"
+        outcome = await self._own_processes.run(turn_id, partial(self._wants_process, turn_id))
+        if outcome is None and self._stopping:
+            return await self._leave_to_others(turn_id)
+        return outcome or "not claimable"
+
+    async def _wants_process(self, turn_id: str) -> bool:
+        return await self._store.run(claims.wants_process, turn_id, self._isolated_from)
+
+    async def _leave_to_others(self, turn_id: str) -> str:
+        """This worker got the message, so others did not."""
+        await asyncio.to_thread(self._doorbell.ring, turn_id)
+        return "not claimable: this worker stops"
 
     async def _keep_registry_current(self, version: int) -> None:
         """Models, toolgroups and the like that the web process registered since are usable by this very turn."""
@@ -263,10 +332,10 @@ class Runtime:
 _current: Runtime | None = None
 
 
-def start(settings: Settings, limit: Callable[[], int] = lambda: 1) -> None:
+def start(settings: Settings, limit: Callable[[], int] = lambda: 1, own_processes: OwnProcesses | None = None) -> None:
     """Starts this process's runtime, which runs up to `limit()` turns at once."""
     global _current
-    runtime = Runtime(settings, limit)
+    runtime = Runtime(settings, limit, own_processes)
     runtime.start()
     _current = runtime
 
@@ -275,6 +344,12 @@ def current() -> Runtime:
     if _current is None:
         raise CaravanError("this process runs no turns: start it as `celery -A tasks worker`")
     return _current
+
+
+def drain(*, at_once: bool = False) -> None:
+    """Lets this process's runtime hand its turns over, if it has one; may be called in a signal handler."""
+    if _current is not None:
+        _current.drain(at_once=at_once)
 
 
 def stop() -> None:

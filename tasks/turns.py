@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 from celery import signals
@@ -10,17 +11,21 @@ from app.dispatch import RUN_TURN
 from app.domain.errors import Unavailable
 from app.settings import SettingsError, get_settings
 from app.store import migrate
-from tasks import celery
+from tasks import celery, shutdown
 
 logger = logging.getLogger(__name__)
 
 
-@celery.task(name=RUN_TURN, ignore_result=True)
+celery.steps["worker"].add(shutdown.HandOver)
+
+
+@celery.task(name=RUN_TURN, ignore_result=True, Request="tasks.request:TurnRequest")
 def run(turn_id: str) -> str:
     """Claims the turn and runs it to the end of its leg. A doorbell rung twice, late or for nothing does no harm."""
     from tasks import runtime
 
-    return runtime.current().run(turn_id)
+    with shutdown.turn_in_child():
+        return runtime.current().run(turn_id)
 
 
 @signals.worker_init.connect
@@ -52,10 +57,14 @@ def _child_starts(**_: object) -> None:
         # Celery would log this and let the child take tasks that it cannot run.
         logger.exception("this worker process cannot start")
         os._exit(1)
+    signal.signal(shutdown.DRAIN, lambda *_: runtime.drain())
 
 
 @signals.worker_process_shutdown.connect
 def _child_stops(**_: object) -> None:
     from tasks import runtime
 
+    # At the second signal billiard would let the child die before its lease is ended.
+    for number in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
     runtime.stop()

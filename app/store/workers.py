@@ -99,11 +99,13 @@ def mark_dead(connection: Connection, lease_seconds: float) -> int:
 
 
 def orphans(connection: Connection) -> list[str]:
-    """Running turns whose worker is dead."""
+    """Some running turns whose worker is dead: not the same for each of the processes that take them now."""
     query = select(turns.c.turn_id).join(workers, workers.c.worker_id == turns.c.worker_id)
     return list(
         connection.scalars(
-            query.where(turns.c.status == TurnStatus.RUNNING, workers.c.dead_at.is_not(None)).limit(BATCH)
+            query.where(turns.c.status == TurnStatus.RUNNING, workers.c.dead_at.is_not(None))
+            .order_by(func.random())
+            .limit(BATCH)
         )
     )
 
@@ -157,7 +159,8 @@ def _requeue_or_end(
     if overdue:
         return None, end(connection, turn_id, overdue_failure(), raise_fence, running=True)
     if cost and failures >= max_losses:
-        message = f"The worker running this turn was lost {failures} times in a row with no step finished in between."
+        times = "once" if failures == 1 else f"{failures} times in a row with no step finished in between"
+        message = f"The worker running this turn was lost {times} (MAX_WORKER_LOSSES)."
         return None, end(connection, turn_id, TurnFailure("worker_lost", message), raise_fence, running=True)
     values = {"status": TurnStatus.QUEUED, "fence": turns.c.fence + 1, "failures": failures, "tail_lost": True}
     suspected = failures >= SUSPECTED_FROM
