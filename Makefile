@@ -27,7 +27,7 @@ lint: setup  ## Lint, formatting, types, layering
 	$(BIN)/lint-imports
 
 test: lint  ## Every check and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 format: setup  ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -17,6 +17,21 @@ from app.local.valkey import Valkey
 from app.store import migrate
 from tests.support.scripted_model import ScriptedModel
 
+SHARE_PROCESSES = ("test_agents.py", "test_cancel.py", "test_turn_pool.py", "test_turns.py")
+"""They use the same web process and workers, which are slow to start."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who runs together with `pytest -n`: files, and what shares processes."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.name
+        pool = "prefork" if "prefork" in item.name else "turn-pool"
+        if folder in ("fire", "chaos"):
+            group = f"{folder} {pool}"
+        else:
+            group = f"shared {pool}" if file in SHARE_PROCESSES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 def free_port() -> int:
     with closing(socket.socket()) as probe:
