@@ -66,7 +66,8 @@ def test_500_turns_in_one_worker(
         return str(answer.raise_for_status().json()["output_message"]["content"])
 
     async def run_all() -> list[str]:
-        limits = httpx.Limits(max_connections=TURNS)
+        # No connection is used again: the server may be closing it at that moment, and a POST is not repeated.
+        limits = httpx.Limits(max_connections=TURNS, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=caravan.url, timeout=120, limits=limits) as client:
             running = asyncio.gather(*(run(client) for _ in range(TURNS)))
             counting = asyncio.create_task(keep_counting())
