@@ -33,13 +33,14 @@ pytestmark = pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
 
 
 def connections(database_url: str) -> dict[str, int]:
-    """By application_name, those of our own aside."""
+    """By application_name, those of our own, and what Postgres itself runs there, aside."""
     connection = psycopg2.connect(database_url, application_name="counting")
     try:
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT application_name, count(*) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND application_name <> 'counting' GROUP BY 1"
+                "WHERE datname = current_database() AND backend_type = 'client backend' AND state IS NOT NULL "
+                "AND application_name <> 'counting' GROUP BY 1"
             )
             return dict(cursor.fetchall())
     finally:
