@@ -71,6 +71,7 @@ class Runtime:
         self._owned_unknown: set[str] = set()
         self._stopping = False
         self._draining: asyncio.Task[None] | None = None
+        self._to_ring: list[str] | None = None
         self._hurry = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -128,11 +129,13 @@ class Runtime:
         logger.info("turn %s is taken without a message: the broker is down (CELERY_BROKER_URL)", turn_id)
         asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop)
 
-    def drain(self, *, at_once: bool = False) -> None:
+    def drain(self, *, at_once: bool = False, ring_at_stop: bool = False) -> None:
         """Takes no more turns, and hands over each running one at the end of its step, at the latest after
         `DRAIN_SECONDS`, or all at once. Returns before that is done (`stop` waits); may be called in a signal handler.
+
+        `ring_at_stop`: this process still gets messages, so nobody is rung before it gets no more.
         """
-        self._loop.call_soon_threadsafe(self._start_draining, at_once)
+        self._loop.call_soon_threadsafe(self._start_draining, at_once, ring_at_stop)
 
     def stop(self) -> None:
         """Drains, then ends everything."""
@@ -160,14 +163,18 @@ class Runtime:
     async def _stop(self) -> None:
         assert self._draining is not None
         await self._draining
+        for turn_id in self._to_ring or ():
+            await asyncio.to_thread(self._doorbell.ring, turn_id)
         for task in self._background:
             task.cancel()
         await self._stack.close()
         await self._log.close()
 
-    def _start_draining(self, at_once: bool) -> None:
+    def _start_draining(self, at_once: bool, ring_at_stop: bool) -> None:
         if at_once:
             self._hurry.set()
+        if ring_at_stop and self._to_ring is None:
+            self._to_ring = []
         if self._draining is None:
             self._stopping = True
             self._draining = asyncio.create_task(self._drain(), name="drain")
@@ -242,7 +249,7 @@ class Runtime:
                 await self._disown(turn_id, broken=True)
             to_ring = turn_id if outcome == "handed over" else attempt.following
             if to_ring is not None:
-                await asyncio.to_thread(self._doorbell.ring, to_ring)
+                await self._ring(to_ring)
             return outcome
 
     async def _claim(self, turn_id: str) -> Claim | None:
@@ -264,8 +271,14 @@ class Runtime:
 
     async def _leave_to_others(self, turn_id: str) -> str:
         """This worker got the message, so others did not."""
-        await asyncio.to_thread(self._doorbell.ring, turn_id)
+        await self._ring(turn_id)
         return "not claimable: this worker stops"
+
+    async def _ring(self, turn_id: str) -> None:
+        if self._to_ring is not None:
+            self._to_ring.append(turn_id)
+        else:
+            await asyncio.to_thread(self._doorbell.ring, turn_id)
 
     async def _keep_registry_current(self, version: int) -> None:
         """Models, toolgroups and the like that the web process registered since are usable by this very turn."""
@@ -346,10 +359,10 @@ def current() -> Runtime:
     return _current
 
 
-def drain(*, at_once: bool = False) -> None:
+def drain(*, at_once: bool = False, ring_at_stop: bool = False) -> None:
     """Lets this process's runtime hand its turns over, if it has one; may be called in a signal handler."""
     if _current is not None:
-        _current.drain(at_once=at_once)
+        _current.drain(at_once=at_once, ring_at_stop=ring_at_stop)
 
 
 def stop() -> None:

@@ -60,7 +60,7 @@ def turn_in_child() -> Iterator[None]:
         from tasks import runtime
 
         told.append(number)
-        runtime.drain(at_once=number == signal.SIGQUIT)
+        runtime.drain(at_once=number == signal.SIGQUIT, ring_at_stop=True)
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGQUIT)}
     try:
