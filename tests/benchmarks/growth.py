@@ -24,6 +24,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.engine import make_url
 
 from app.domain.events import EventId
+from app.domain.turns import TurnStatus
 from app.local.postgres import Postgres
 from app.store import Store, admission, agents, claims, migrate, turns, workers
 from tests.conftest import create_database
@@ -85,7 +86,7 @@ class Ground:
         timed("overdue", workers.overdue, 300.0)
         timed("orphans", workers.orphans)
         timed("read session", turns.session_turns, session_id)
-        timed("end", claims.record, claim, [next_event(claim)], end=claims.LegEnd(turns.TurnStatus.COMPLETED))
+        timed("end", claims.record, claim, [next_event(claim)], end=claims.LegEnd(TurnStatus.COMPLETED))
         timed("forget keys", admission.forget_keys, 100)
         timed("purge deleted", agents.purge_deleted, 30.0, 100)
         return took
