@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 
 from app.dispatch import Doorbell
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
 from app.events.log import SyncLog
+from app.settings import Settings
 from app.store import Store, turns
 from app.store.turns import Ended
 
@@ -40,3 +42,14 @@ class Endings:
             self.log.publish_end(one.turn_id, one.events)
             if one.following is not None:
                 self.doorbell.ring(one.following)
+
+
+@contextmanager
+def open_endings(settings: Settings, name: str) -> Iterator[Endings]:
+    """For whoever ends a turn once in a while, with connections of its own."""
+    with (
+        closing(Store(settings.sqlalchemy_url, pool_size=1, name=name)) as store,
+        closing(SyncLog(settings.redis_url.get_secret_value())) as log,
+        closing(Doorbell()) as doorbell,
+    ):
+        yield Endings(store, log, doorbell)

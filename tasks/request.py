@@ -8,18 +8,14 @@ from __future__ import annotations
 import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from typing import Any
 
 from celery import signals
 from celery.worker.request import Request
 
-from app.dispatch import Doorbell
 from app.domain.errors import Unavailable
-from app.endings import Endings
-from app.events.log import SyncLog
+from app.endings import open_endings
 from app.settings import get_settings
-from app.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +54,9 @@ def _revoked_before_it_started(request: Any, **_: object) -> None:
 
 def _cancel(turn_id: str) -> None:
     """As POST …/cancel does. With connections of its own: a prefork child must not inherit any."""
-    settings = get_settings()
-    with (
-        closing(Store(settings.sqlalchemy_url, pool_size=1, name="revoke")) as store,
-        closing(SyncLog(settings.redis_url.get_secret_value())) as log,
-        closing(Doorbell()) as doorbell,
-    ):
+    with open_endings(get_settings(), "revoke") as endings:
         try:
-            status = Endings(store, log, doorbell).cancel(turn_id)
+            status = endings.cancel(turn_id)
             logger.info("turn %s is to be cancelled: its task was revoked; it was found %s", turn_id, status or "gone")
         except Unavailable as error:
             logger.warning("turn %s is not cancelled, though its task was revoked: %s", turn_id, error)

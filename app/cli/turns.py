@@ -1,4 +1,4 @@
-"""`caravan turns`: turns as Postgres has them, and one turn's events as they come."""
+"""`caravan turns`: turns as Postgres has them, one turn's events as they come, and its end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import typer
 
 from app.cli.chat import URL, KeyOption, UrlOption
 from app.cli.errors import CommandError, refused
-from app.domain.turns import TurnStatus
+from app.domain.turns import ENDED, TurnStatus
 
 if TYPE_CHECKING:
     from app.store.turns import TurnRow
 
 READ_TIMEOUT_SECONDS = 60.0
 
-application = typer.Typer(help="List turns, show one, or follow one.", no_args_is_help=True)
+application = typer.Typer(help="List turns, show one, follow one, or cancel one.", no_args_is_help=True)
 
 TurnId = Annotated[str, typer.Argument(help="Id of the turn.", metavar="ID")]
 
@@ -55,6 +55,23 @@ def follow(turn_id: TurnId, url: UrlOption = URL, api_key: KeyOption = None) -> 
     for event in _events(f"{url}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn_id}/events", api_key):
         transcript.show(event)
     transcript.end_line()
+
+
+@application.command()
+def cancel(turn_id: TurnId) -> None:
+    """Cancel a turn of the database at DATABASE_URL, whoever it belongs to."""
+    turn, _ = _find(turn_id)
+    from app.endings import open_endings
+    from app.settings import get_settings
+
+    with open_endings(get_settings(), "cli") as endings:
+        status = endings.cancel(turn.turn_id)
+    if status == TurnStatus.RUNNING:
+        print(f"turn {turn.turn_id} runs: its worker is asked to cancel it")
+    elif turn.status in ENDED:
+        print(f"turn {turn.turn_id} had ended before: it is {turn.status.value}")
+    else:
+        print(f"turn {turn.turn_id} is {status.value if status else 'gone'}")
 
 
 def _events(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:

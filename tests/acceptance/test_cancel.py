@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +16,7 @@ import pytest
 
 from tests.acceptance.conftest import AgentMaker, Caravan
 from tests.acceptance.test_turns import BOILING_POINT
-from tests.support import wait_until
+from tests.support import ROOT, wait_until
 from tests.support.scripted_model import ScriptedModel
 
 
@@ -95,6 +98,26 @@ def test_a_turn_that_awaits_input_is_cancelled(make_agent: AgentMaker, http: htt
     refused = http.post(f"{turn}/resume", json={"tool_responses": [response]})
     assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
     assert agent.answer("SAY next") == "next "
+
+
+def test_an_operator_cancels_a_turn(
+    make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
+) -> None:
+    """`caravan turns cancel`, with nothing but the settings; it says what it found."""
+    agent, gate = make_agent(), uuid.uuid4().hex
+    posted = posting(f"{caravan.url}{agent.path}/turn", body(f"PART a | HOLD {gate} | SAY x"))
+    model.wait_held(gate)
+    turn = newest(http, agent.path)
+
+    def command() -> str:
+        program = [sys.executable, "-c", "from app.cli import main; main()", "turns", "cancel", turn.rpartition("/")[2]]
+        env = {**os.environ, **caravan.env}
+        ran = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
+        return ran.stdout
+
+    assert "its worker is asked to cancel it" in command()
+    assert last_event(posted.result(30).content)["error"]["code"] == "cancelled"
+    assert "had ended before: it is cancelled" in command()
 
 
 def test_a_cancel_may_lose_to_finishing(make_agent: AgentMaker, http: httpx.Client) -> None:

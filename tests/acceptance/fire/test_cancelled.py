@@ -47,6 +47,26 @@ def test_a_turn_is_cancelled_on_another_web_process_while_redis_is_down(
     check_cancelled(session, stream)
 
 
+def test_cancels_are_heard_after_the_subscriptions_were_cut(
+    system: System, model: ScriptedModel, fire_valkey: Valkey
+) -> None:
+    """Every worker listens again by itself, and says in its log that it did not (open-webui#28909)."""
+    logs = {name: worker.output().count("cancellations come with the lease") for name, worker in system.workers.items()}
+    fire_valkey.ask("CLIENT KILL TYPE pubsub")
+    for name, worker in system.workers.items():
+        told = logs[name]
+        wait_until(
+            lambda w=worker, n=told: w.output().count("cancellations come with the lease") > n,  # type: ignore[misc]
+            PATIENCE_SECONDS,
+        )
+    gate = uuid.uuid4().hex
+    session = system.session()
+    stream = session.accepted(f"PART a | HOLD {gate} | SAY b")
+    model.wait_held(gate, timeout=PATIENCE_SECONDS)
+    assert cancel(session, stream.turn_id) == "cancelled"
+    check_cancelled(session, stream)
+
+
 def test_a_cancelled_turn_whose_worker_dies_ends_cancelled(system: System, model: ScriptedModel) -> None:
     """The request outlives the worker: the turn is not tried again. And one whose worker died before the request, and
     is between two attempts, is cancelled all the same."""
