@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make, pip and some Python 3; `make setup` finds Python 3.12 or 3.13 by itself.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint format bench chaos lock clean
+.PHONY: help setup demo up test test-all lint format bench chaos lock clean
 
 BIN := .venv/bin
 # A Python that a version manager or another environment put into this shell must not leak into ours.
@@ -9,7 +9,7 @@ unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## Set up what is missing (.tools with uv, .venv with the locked packages)
 	@.ci/setup
@@ -26,8 +26,11 @@ lint: setup  ## Lint, formatting, types, layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## Every check and every test
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+test: lint  ## Every check, and the tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not thorough"
+
+test-all: lint  ## The same, and each test of failures in both pools and in all its variants (half an hour)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 format: setup  ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -30,7 +30,7 @@ LIMITS = {
 }
 
 
-@pytest.fixture(scope="module", params=["turn-pool", "prefork"])
+@pytest.fixture(scope="module", params=["turn-pool", pytest.param("prefork", marks=pytest.mark.thorough)])
 def caravan(
     request: pytest.FixtureRequest,
     environment: dict[str, str],

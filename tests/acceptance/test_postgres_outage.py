@@ -243,7 +243,9 @@ def turns_wait_and_go_on(
 
 
 @pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
-@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize(
+    "outage", ["killed", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("stopped", "stalled"))]
+)
 def test_turns_wait_for_postgres_and_go_on(
     caravan: Fragile, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel, outage: str
 ) -> None:
@@ -305,6 +307,7 @@ def test_the_reply_to_a_resume_is_lost(caravan: Fragile, make_agent: AgentMaker,
     assert (resumed.status_code, resumed.json()["output_message"]["content"]) == (200, "The tool said: 7 ")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("caravan", ["prefork"], indirect=True)
 def test_turns_in_prefork_children_wait_for_postgres_and_go_on(
     caravan: Fragile, make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel

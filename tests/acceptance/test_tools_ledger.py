@@ -139,7 +139,7 @@ def own_environment(
         }
 
 
-@pytest.fixture(scope="module", params=["turn-pool", "prefork"])
+@pytest.fixture(scope="module", params=["turn-pool", pytest.param("prefork", marks=pytest.mark.thorough)])
 def system(
     request: pytest.FixtureRequest,
     own_environment: dict[str, str],

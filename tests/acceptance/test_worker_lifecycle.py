@@ -261,7 +261,7 @@ def stop_by_control(worker: Process) -> None:
 STOPS = [stop_by_signal, stop_the_group, stop_by_control]
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", [STOPS[0], *(pytest.param(each, marks=pytest.mark.thorough) for each in STOPS[1:])])
 def test_a_stopping_worker_hands_over_at_the_end_of_the_step(
     patient: Fleet, model: ScriptedModel, gate: str, pool: str, stop: Callable[[Process], None]
 ) -> None:
@@ -295,6 +295,7 @@ def test_at_the_drain_deadline_the_step_is_cut_off(
     patient: Fleet, model: ScriptedModel, pool: str, mcp_server: McpServer
 ) -> None:
     """No other worker is there: the turn waits for one. Of the call in flight nobody knows whether it was made."""
+    mcp_server.reset()
     group = patient.toolgroup(mcp_server)
     patient.stop()
     first = patient.another_worker(pool, DRAIN_SECONDS="1")
@@ -309,6 +310,7 @@ def test_at_the_drain_deadline_the_step_is_cut_off(
     assert patient.failures(turn) == 0
 
 
+@pytest.mark.thorough
 def test_a_cold_shutdown_hands_over_at_once(patient: Fleet, model: ScriptedModel, gate: str, pool: str) -> None:
     """SIGQUIT does not wait for the step, nor for the drain deadline, and the turn is not cancelled."""
     first = patient.worker(pool)
@@ -365,6 +367,7 @@ def test_revoke_terminate_cancels_the_one_turn(patient: Fleet, model: ScriptedMo
     assert children <= set(worker.children())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pool", ["prefork"], indirect=True)
 def test_a_task_that_is_revoked_before_it_starts_cancels_its_turn(
     patient: Fleet, model: ScriptedModel, gate: str, pool: str
@@ -384,6 +387,7 @@ def test_a_task_that_is_revoked_before_it_starts_cancels_its_turn(
     assert [turn.answer() for turn in running] == ["done "] * 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pool", ["prefork"], indirect=True)
 def test_flower_terminates_one_turn(patient: Fleet, model: ScriptedModel, gate: str, pool: str) -> None:
     """Its button asks for the same; then it shows the task as revoked, as it does for a turn cancelled elsewhere."""
@@ -460,6 +464,7 @@ def test_a_turn_that_crashes_its_worker_each_time_takes_nobody_with_it(
     wait_until(lambda: not worker.children(), 30)
 
 
+@pytest.mark.thorough
 def test_with_one_loss_allowed_the_first_one_fails_the_turn(
     strict: Fleet, model: ScriptedModel, gate: str, pool: str
 ) -> None:
@@ -477,6 +482,7 @@ def test_with_one_loss_allowed_the_first_one_fails_the_turn(
 
 @pytest.mark.parametrize("pool", ["turn-pool"], indirect=True)
 @pytest.mark.timeout(300)
+@pytest.mark.thorough
 class TestAProcessOfItsOwn:
     """For a turn that has lost two workers."""
 

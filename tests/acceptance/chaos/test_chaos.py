@@ -22,6 +22,7 @@ def fleet(server_directory: Path) -> Iterator[Fleet]:
         yield running
 
 
+@pytest.mark.thorough
 def test_a_rolling_restart_loses_nothing(fleet: Fleet) -> None:
     """Every web process and worker is told to stop and started again, in turn, while six clients go on: no turn is lost
     or fails, and whoever was cut joins again. A drain costs a turn none of its failures."""

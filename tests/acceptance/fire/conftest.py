@@ -50,7 +50,7 @@ def web_system(
         system.stop()
 
 
-@pytest.fixture(scope="session", params=list(POOLS))
+@pytest.fixture(scope="session", params=["turn-pool", pytest.param("prefork", marks=pytest.mark.thorough)])
 def pool(request: pytest.FixtureRequest) -> str:
     """Tests that ask for the system run with both pools, unless they name one."""
     return str(request.param)
