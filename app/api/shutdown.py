@@ -177,9 +177,21 @@ class Requests:
                 await self._app(scope, receive, noted)
             except Cut as cut:
                 logger.warning("%s: cut off: %s", scope["path"], cut)
+                _let_go(cut)
                 await _cut(receive)
             except asyncio.CancelledError:
                 await _cut(receive)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Takes the frames from an exception and from those behind it.
+
+    They hold what the client did not take, and circles among them keep it until a full garbage collection, which is rare
+    here (`app.telemetry.settle_memory`): each cut stream left about half a megabyte behind.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _refusal() -> JSONResponse:

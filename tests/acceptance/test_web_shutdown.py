@@ -18,7 +18,7 @@ from celery import Celery
 
 from app.local.server import answers_http
 from tests.support import ROOT, wait_until
-from tests.support.nodes import TURN_POOL, Process, web_process, worker_node
+from tests.support.nodes import READY_SECONDS, TURN_POOL, Process, web_process, worker_node
 from tests.support.scripted_model import ScriptedModel
 from tests.support.wire import Wire, events, last_id
 
@@ -91,7 +91,10 @@ def make_web(worker: dict[str, str], tmp_path: Path, model: ScriptedModel) -> It
         started.append(process)
         process.start()
         process.wait_ready()
-        wait_until(lambda: answers_http(f"{url}/v1/health"), 30)  # it listens a moment later
+        # uvicorn's supervisor is ready before its processes are.
+        processes = int(options[options.index("--workers") + 1]) if "--workers" in options else 1
+        wait_until(lambda: process.output().count("Application startup complete") == processes, READY_SECONDS)
+        wait_until(lambda: answers_http(f"{url}/v1/health"))
         return Web(url, process)
 
     yield make
