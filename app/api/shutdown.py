@@ -186,8 +186,8 @@ class Requests:
 def _let_go(error: BaseException | None) -> None:
     """Takes the frames from an exception and from those behind it.
 
-    They hold what the client did not take, and circles among them keep it until a full garbage collection, which is rare
-    here (`app.telemetry.settle_memory`): each cut stream left about half a megabyte behind.
+    They hold what the client did not take, and circles among them keep it until a full garbage collection, which is
+    rare here (`app.telemetry.settle_memory`): each cut stream left about half a megabyte behind.
     """
     while error is not None:
         error.__traceback__ = None
