@@ -25,7 +25,7 @@ class Caravan:
     worker: CeleryTestWorker
 
 
-@pytest.fixture(scope="session", params=["turn-pool", "prefork"])
+@pytest.fixture(scope="package", params=["turn-pool", "prefork"])
 def caravan(
     request: pytest.FixtureRequest, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Caravan]:

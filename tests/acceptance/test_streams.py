@@ -195,6 +195,7 @@ def test_replay_equals_live_byte_for_byte(system: System, session: Session, mode
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_readers_that_do_not_read_cost_little_and_hold_nobody_up(system: System, model: ScriptedModel) -> None:
     """They are cut off after STREAM_SEND_TIMEOUT_SECONDS, leave nothing behind, and can join again where they were.
 

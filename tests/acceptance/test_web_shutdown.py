@@ -202,6 +202,7 @@ def test_a_client_that_never_reads_does_not_hold_the_process(make_web: WebMaker)
             assert not wire.raw.endswith((b"0\r\n\r\n", b"}"))
 
 
+@pytest.mark.thorough
 def test_uvicorns_workers_stop_in_the_same_way(make_web: WebMaker, model: ScriptedModel) -> None:
     """Each gives its streams the grace, also when a terminal tells them and uvicorn's supervisor at the same time."""
     web, gate = make_web(LONG, "--workers", "2"), uuid.uuid4().hex
@@ -216,6 +217,7 @@ def test_uvicorns_workers_stop_in_the_same_way(make_web: WebMaker, model: Script
     assert web.ended().count("Application shutdown complete") == 2
 
 
+@pytest.mark.thorough
 def test_uvicorns_workers_cut_their_streams(make_web: WebMaker) -> None:
     """After the grace, in each of them."""
     web = make_web(1.0, "--workers", "2")

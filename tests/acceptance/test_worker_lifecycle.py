@@ -234,7 +234,7 @@ def strict(strict_web: Fleet, model: ScriptedModel) -> Iterator[Fleet]:
     strict_web.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mcp_server() -> Iterator[McpServer]:
     with McpServer() as server:
         yield server

@@ -18,21 +18,21 @@ from tests.support.proxy import TcpProxy
 POOLS = {"turn-pool": TURN_POOL, "prefork": ("-c", "3")}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fire_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """A Valkey that tests may flush, stop and kill."""
     with Valkey(tmp_path_factory.mktemp("fire-valkey")) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def events_proxy(fire_valkey: Valkey) -> Iterator[TcpProxy]:
     """Between worker `a` and Redis, as far as events go; its doorbells come directly."""
     with TcpProxy("127.0.0.1", fire_valkey.port) as proxy:
         yield proxy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def web_system(
     environment: dict[str, str],
     migrated_database: Callable[[str], str],
@@ -50,13 +50,13 @@ def web_system(
         system.stop()
 
 
-@pytest.fixture(scope="session", params=["turn-pool", pytest.param("prefork", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="package", params=["turn-pool", pytest.param("prefork", marks=pytest.mark.thorough)])
 def pool(request: pytest.FixtureRequest) -> str:
     """Tests that ask for the system run with both pools, unless they name one."""
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pool_system(web_system: System, pool: str) -> Iterator[System]:
     web_system.pool = POOLS[pool]
     yield web_system
@@ -72,7 +72,7 @@ def system(pool_system: System, fire_valkey: Valkey, model: object) -> System:
     return pool_system
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mcp_server() -> Iterator[McpServer]:
     with McpServer() as server:
         yield server
