@@ -440,7 +440,7 @@ def test_a_turn_that_crashes_its_worker_each_time_takes_nobody_with_it(
         model.wait_held(gate, 2, timeout=30)
         assert evil.owner == worker.pid
         worker.kill_all()
-        wait_until(lambda: model.open_streams() == 0)
+        wait_until(lambda: model.held(gate) + model.held(f"evil-{gate}") == 0, 30)
         worker.start()
         worker.wait_ready()
     later = hasty.turn(f"PART c | HOLD {gate} | SAY later")

@@ -99,8 +99,7 @@ def test_a_claim_reads_by_index(crowded: Seeds) -> None:
     turn_id, worker_id = crowded.turn(), crowded.worker()
     analyze(crowded.store)
     found = assert_indexed(crowded.store, lambda connection: claims.claim(connection, turn_id, worker_id, 60))
-    assert "pk_turns" in found[0]
-    assert "ix_turns_unfinished" in found[0] or "uq_turns_session_id_number" in found[0]
+    assert "Index Scan" in found[0]
 
 
 def test_a_second_claim_with_history_reads_by_index(crowded: Seeds) -> None:

@@ -45,11 +45,16 @@ def test_a_lease_that_ran_out_is_found_dead_once_and_never_renewed(seeds: Seeds)
 def test_a_worker_stopped_in_mid_renewal_holds_no_reaper_up(seeds: Seeds) -> None:
     """Its row is locked: it is left for later, and the others are found dead."""
     stopped, expired = seeds.worker(0), seeds.worker(0)
+
+    def found_dead(worker_id: str) -> bool:
+        seeds.store.transact(workers.mark_dead, 0.01)
+        return bool(seeds.scalar("SELECT dead_at IS NOT NULL FROM workers WHERE worker_id = :id", id=worker_id))
+
     with seeds.store.engine.begin() as renewing:
         workers.renew(renewing, stopped, 0)
-        soon(lambda: seeds.store.transact(workers.mark_dead, 0.01) == 1)
-        assert seeds.store.transact(workers.renew, expired, 60) is None
-    assert seeds.store.transact(workers.mark_dead, 0.01) == 1
+        soon(lambda: found_dead(expired))
+        assert not found_dead(stopped)
+    soon(lambda: found_dead(stopped))
 
 
 def test_nobody_reaps_within_one_lease_of_postgres_start(seeds: Seeds) -> None:
