@@ -310,9 +310,11 @@ def _no_tail(turn_id: str, fence: int, last: EventId) -> None:
 
 def forget_keys(connection: Connection, limit: int) -> int:
     """Deletes keys that are over a day old."""
+    # Not by the clock, which is volatile, so that Postgres would look at every key.
     old = (
         select(idempotency_keys.c.owner, idempotency_keys.c.key)
-        .where(idempotency_keys.c.created_at < _NOW - seconds(KEEP_KEYS_SECONDS))
+        .where(idempotency_keys.c.created_at < func.now() - seconds(KEEP_KEYS_SECONDS))
+        .order_by(idempotency_keys.c.created_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
         .subquery()

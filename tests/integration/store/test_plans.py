@@ -22,7 +22,7 @@ from app.store.admission import Resumption
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, no_redis
 
 ROWS = 3000
-GROWING = {"turns", "event_segments", "journal", "tool_calls", "sessions", "agents"}
+GROWING = {"turns", "event_segments", "journal", "tool_calls", "sessions", "agents", "idempotency_keys"}
 
 
 @pytest.fixture(scope="module")
