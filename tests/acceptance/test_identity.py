@@ -522,7 +522,7 @@ def test_an_id_in_a_body_names_nothing_of_anothers(
             text = text.replace(f"{{{name}}}", change(value))
         answer = client.post(path, content=text, headers={"content-type": "application/json"})
         told = answer.text
-        for value in given.values():
+        for value in sorted(given.values(), key=len, reverse=True):  # a short one may be part of a long one
             told = told.replace(change(value), "…").replace(value, "…")
         return answer.status_code, told
 
