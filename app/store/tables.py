@@ -15,6 +15,7 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -72,12 +73,18 @@ sessions = Table(
     "sessions",
     metadata,
     Column("session_id", _Id, primary_key=True),
-    Column("agent_id", _Id, ForeignKey("agents.agent_id", ondelete="CASCADE"), nullable=False),
+    Column(
+        "agent_id",
+        _Id,
+        ForeignKey("agents.agent_id", ondelete="CASCADE"),
+        comment="None: a conversation, or the place of one response outside any",
+    ),
     Column("owner", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("next_number", Integer, nullable=False, server_default=text("1"), comment="Of the session's next turn"),
     Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
     Column("deleted_at", _Time),
+    Column("metadata", JSON, comment="Of a conversation, which is a session that has this"),
 )
 Index("ix_sessions_agent", sessions.c.agent_id, sessions.c.created_at)
 Index("ix_sessions_deleted", sessions.c.deleted_at, postgresql_where=sessions.c.deleted_at.is_not(None))
@@ -134,6 +141,20 @@ turns = Table(
     Column(
         "event_bytes", BigInteger, nullable=False, server_default=text("0"), comment="Of its attempts' recorded events"
     ),
+    Column(
+        "kind",
+        Text,
+        nullable=False,
+        server_default=text("'agent'"),
+        comment="agent: an agent's turn; response: OpenAI's",
+    ),
+    Column(
+        "previous_turn_id",
+        _Id,
+        ForeignKey("turns.turn_id", ondelete="SET NULL"),
+        comment="previous_response_id of a response",
+    ),
+    Column("sealed", LargeBinary, comment="Secrets of the request (app.identity.sealing), until the turn ends"),
     UniqueConstraint("session_id", "number"),
     CheckConstraint(f"status IN ({_one_of(frozenset(TurnStatus))})", name="status"),
     CheckConstraint("status <> 'running' OR worker_id IS NOT NULL", name="running_has_worker"),
@@ -149,6 +170,9 @@ Index(
     postgresql_where=text(f"cancel_requested_at IS NOT NULL AND {UNWANTED_SQL}"),
 )
 Index("ix_turns_created", turns.c.created_at)
+Index("ix_turns_previous", turns.c.previous_turn_id, postgresql_where=turns.c.previous_turn_id.is_not(None))
+Index("ix_turns_responses", turns.c.owner, turns.c.created_at, postgresql_where=text("kind = 'response'"))
+Index("ix_turns_response_hash", turns.c.request_hash, postgresql_where=text("kind = 'response'"))
 Index("ix_turns_active", turns.c.owner, postgresql_where=text("status IN ('queued', 'running')"))
 
 idempotency_keys = Table(
@@ -199,6 +223,18 @@ event_segments = Table(
     Column("last_fence", Integer, primary_key=True, comment="Of the segment's last event"),
     Column("last_n", BigInteger, primary_key=True),
     Column("events", LargeBinary, nullable=False, comment="zlib of lines `after id kind data`"),
+)
+
+conversation_items = Table(
+    "conversation_items",
+    metadata,
+    Column("session_id", _Id, ForeignKey("sessions.session_id", ondelete="CASCADE"), primary_key=True),
+    Column("position", BigInteger, Identity(), primary_key=True, comment="Order in the conversation, with holes"),
+    Column("item_id", Text, nullable=False),
+    Column("item", JSON, nullable=False, comment="Input or output item of OpenAI's Responses"),
+    Column("result", Text, comment="What a built-in tool gave the model, where the item does not say it"),
+    Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    UniqueConstraint("session_id", "item_id"),
 )
 
 registry_version = Table(
