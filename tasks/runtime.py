@@ -31,6 +31,7 @@ from app.store.claims import Claim
 from app.store.workers import Renewal
 from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
+from tasks.engine import attempt_of
 from tasks.engine.attempt import Attempt, Tools
 from tasks.isolation import OwnProcesses
 from tasks.lease import Lease
@@ -231,7 +232,7 @@ class Runtime:
             may_write = partial(self._lease.valid, claim.worker_id)
             tools = Tools(self._settings, self._store, self._log, self._stack, may_write)
             try:
-                attempt = self._running[turn_id] = Attempt(tools, claim)
+                attempt = self._running[turn_id] = attempt_of(tools, claim)
             except Exception:
                 logger.exception("the turn cannot be read; it is put back, at the cost of one of its failures")
                 await self._disown(turn_id, broken=True)

@@ -17,6 +17,7 @@ from app.events.log import EventLog
 from app.settings import Settings
 from app.store import Store
 from app.store.claims import Claim
+from tasks.engine.agent_turn import AgentTurn
 from tasks.engine.attempt import Attempt, Tools
 from tasks.stack import LlamaStack
 from tests.conformance.scripts import Answer, Ask, Script
@@ -174,7 +175,7 @@ class Ours:
         return self._seeds.claimed(turn_id, self._worker_id)
 
     def attempt(self, turn_id: str) -> Attempt:
-        return Attempt(self._tools, self.claim(turn_id))
+        return AgentTurn(self._tools, self.claim(turn_id))
 
     def events(self, turn_id: str) -> list[Event]:
         return self._seeds.events(turn_id)

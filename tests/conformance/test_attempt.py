@@ -19,6 +19,7 @@ from app.events.follow import Relay
 from app.events.log import EventLog
 from app.store import Store, claims
 from app.store.claims import Claim
+from tasks.engine.agent_turn import AgentTurn
 from tasks.engine.attempt import Attempt, Tools
 from tests.conformance.engines import Ours, engine_tools
 from tests.conformance.scripts import ASK_USER, Ask, Script
@@ -267,7 +268,7 @@ async def test_a_dead_workers_steps_are_not_made_again(tools: Tools, world: Worl
     engine = ours(tools, world)
     turn_id = engine.accept(Ask(f"{ADD} | PART some | HOLD dead | SAY words"))
     claim = engine.claim(turn_id)
-    attempt = Attempt(tools, claim)
+    attempt = AgentTurn(tools, claim)
     running = asyncio.create_task(outcome(attempt))
     await held(model, "dead")
     await crash(attempt, running)
@@ -290,7 +291,7 @@ async def test_a_call_in_flight_when_its_worker_died_is_not_made_again(
     engine = ours(tools, world)
     turn_id = engine.accept(Ask(f"CALL wait & {ADD} | SAY done"))
     claim = engine.claim(turn_id)
-    attempt = Attempt(tools, claim)
+    attempt = AgentTurn(tools, claim)
     running = asyncio.create_task(outcome(attempt))
     stored = "SELECT count(*) FROM tool_calls WHERE turn_id = :id AND result::text <> 'null'"
     await until(lambda: engine.seeds.scalar(stored, id=turn_id))
@@ -310,7 +311,7 @@ async def test_a_drain_does_not_forget_a_call_that_was_in_flight_when_an_earlier
     engine = ours(tools, world)
     turn_id = engine.accept(Ask("CALL wait | SAY done"))
     claim = engine.claim(turn_id)
-    attempt = Attempt(tools, claim)
+    attempt = AgentTurn(tools, claim)
     running = asyncio.create_task(outcome(attempt))
     await until(lambda: world.called("wait"))
     await crash(attempt, running)
@@ -343,7 +344,7 @@ async def test_an_attempt_that_lost_its_turn_writes_nothing_more(
     engine = ours(tools, world)
     turn_id = engine.accept(Ask("PART some | HOLD stopped | SAY words"))
     claim = engine.claim(turn_id)
-    running = asyncio.create_task(outcome(Attempt(tools, claim)))
+    running = asyncio.create_task(outcome(AgentTurn(tools, claim)))
     await held(model, "stopped")
     reaped(engine, claim)
     successor = asyncio.create_task(outcome(engine.attempt(turn_id)))
