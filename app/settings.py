@@ -6,6 +6,7 @@ module by `caravan settings --markdown`.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import sys
@@ -18,9 +19,12 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 CommaSeparated = Annotated[list[str], NoDecode]
+CommaSeparatedSecrets = Annotated[list[SecretStr], NoDecode]
 
 PRINCIPAL = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 """The form of a principal's name, which stands in settings, in logs and in SQL."""
+
+SEALING_KEY_BYTES = 32
 
 _API_KEY = re.compile(f"{PRINCIPAL}:[0-9a-f]{{64}}")
 
@@ -154,6 +158,12 @@ class Settings(BaseSettings):
         description="Who may call: `name:sha256` of each key, comma-separated, as `caravan keys NAME` prints them; a "
         "name may have several. Empty: only this machine may, as `local`.",
     )
+    sealing_keys: CommaSeparatedSecrets = Field(
+        default_factory=list,
+        description="Keys that seal the secrets of requests while their turns are queued, comma-separated, as `caravan "
+        "keys --sealing` makes them; the same for all web and worker processes. The first seals, all open. Empty: "
+        "requests that bring secrets are refused.",
+    )
 
     # Resources of one process
     database_pool_size: int = Field(
@@ -162,7 +172,9 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
     log_format: Literal["text", "json"] = Field(default="text", description="`text`, or `json`: one object a line.")
 
-    @field_validator("inference_model", "cors_origins", "api_keys", "tools_safe_to_repeat", mode="before")
+    @field_validator(
+        "inference_model", "cors_origins", "api_keys", "sealing_keys", "tools_safe_to_repeat", mode="before"
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -176,6 +188,21 @@ class Settings(BaseSettings):
                 f"must be name:sha256 entries, comma-separated, as `caravan keys NAME` prints them; entry {wrong[0]} "
                 "is none"
             )
+        return value
+
+    @field_validator("sealing_keys")
+    @classmethod
+    def _base64(cls, value: list[SecretStr]) -> list[SecretStr]:
+        for number, key in enumerate(value, 1):
+            try:
+                length = len(base64.b64decode(key.get_secret_value(), validate=True))
+            except ValueError:
+                length = 0
+            if length != SEALING_KEY_BYTES:  # which one, but never its text
+                raise ValueError(
+                    f"must be base64 of {SEALING_KEY_BYTES} bytes each, comma-separated, as `caravan keys --sealing` "
+                    f"makes them; entry {number} is not"
+                )
         return value
 
     @field_validator("inference_url")

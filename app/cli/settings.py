@@ -73,7 +73,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return _masked(value.get_secret_value())
     if isinstance(value, list):
-        return ",".join(str(part) for part in value)
+        return ",".join(_shown(part) for part in value)
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)

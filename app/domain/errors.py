@@ -57,6 +57,10 @@ class OutcomeUnknown(Unavailable):
     """The server went away while it was told to commit: it may have done so, may do so yet, or never will."""
 
 
+class Unsealable(CaravanError):
+    """Sealed secrets cannot be opened with this process's keys, or were changed or moved."""
+
+
 class AttemptLost(CaravanError):
     """This worker owns the turn no longer: somebody claimed, requeued or ended it. Only the attempt is over."""
 

@@ -75,6 +75,7 @@ class Installation:
             "CELERY_BROKER_URL": self.valkey.url,
             "INFERENCE_URL": self.model_url,
             "INFERENCE_MODEL": ",".join(self.models),
+            "SEALING_KEYS": sealing_key(self.data),
         }
 
     @property
@@ -163,6 +164,20 @@ def locked(data: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def sealing_key(data: Path) -> str:
+    """The data folder's key for SEALING_KEYS, made on the first start."""
+    from app.identity.sealing import make_sealing_key
+
+    file = data / "sealing-key"
+    if not file.exists():
+        new = file.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        new.touch(mode=0o600)
+        new.write_text(make_sealing_key())
+        new.rename(file)
+    return file.read_text()
 
 
 def listed_models(model_url: str) -> list[str]:

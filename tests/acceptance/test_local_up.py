@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -99,8 +100,14 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) ->
             assert turn.headers["X-Caravan-Worker"]
             assert first.interrupt() == 0
             assert first.left() == []
+        sealing_key = open_path / "data" / "sealing-key"
+        made = sealing_key.read_text()
+        assert stat.S_IMODE(sealing_key.stat().st_mode) == 0o600
         with up(open_path / "data", model.url, "--no-flower") as second:
             assert httpx.get(f"{second.url}/v1/agents/{agent_id}").status_code == 200
+            assert sealing_key.read_text() == made
+            knowing = [child.environ().get("SEALING_KEYS") == made for child in second.children]
+            assert sum(knowing) >= 2, "web and worker have the key"
             second.process.kill()
             second.process.wait()
             _, alive = psutil.wait_procs(second.children, timeout=30)
