@@ -1,4 +1,4 @@
-"""One status for each error, in the shapes of the 0.3.5 server: `{"detail": …}`, and for a bad body each field."""
+"""One status for each error; its body is in the shape that the route's clients read (`app.domain.error_bodies`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.domain.error_bodies import error_body, invalid_body
 from app.domain.errors import (
     CaravanError,
     Conflict,
@@ -25,6 +28,8 @@ from app.domain.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+TOO_LARGE = 413
 
 STATUSES: dict[type[CaravanError], int] = {
     InvalidRequest: 400,
@@ -64,6 +69,8 @@ def install(app: FastAPI, request_max_bytes: int) -> None:
     app.add_middleware(NamedBodyLimit, request_max_bytes=request_max_bytes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(CaravanError, _error)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _failed)
 
 
 class NamedBodyLimit:
@@ -71,21 +78,26 @@ class NamedBodyLimit:
 
     def __init__(self, app: ASGIApp, request_max_bytes: int) -> None:
         self.app = app
-        detail = f"The body is over {request_max_bytes} bytes (REQUEST_MAX_BYTES)"
-        self.too_large = JSONResponse({"detail": detail}, 413)
+        self.message = f"The body is over {request_max_bytes} bytes (REQUEST_MAX_BYTES)"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         replaced = False
 
         async def send_ours(message: Message) -> None:
             nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] == self.too_large.status_code:
+            if message["type"] == "http.response.start" and _is_frameworks_own(message):
                 replaced = True
-                await self.too_large(scope, receive, send)
+                await JSONResponse(error_body(scope["path"], TOO_LARGE, self.message), TOO_LARGE)(scope, receive, send)
             elif not replaced:
                 await send(message)
 
         await self.app(scope, receive, send_ours)
+
+
+def _is_frameworks_own(message: Message) -> bool:
+    """Whether it is FastAPI's 413: a model server's, which is passed on, is JSON."""
+    kind = Headers(raw=message["headers"]).get("content-type", "")
+    return message["status"] == TOO_LARGE and kind.startswith("text/plain")
 
 
 async def _error(request: Request, error: Exception) -> JSONResponse:
@@ -97,12 +109,22 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status >= 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
-    return JSONResponse({"detail": str(error)}, status, headers)
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return JSONResponse(error_body(request.url.path, status, str(error), param=param), status, headers)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    errors: list[dict[str, Any]] = [
-        {"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in error.errors()
-    ]
-    return JSONResponse({"error": {"detail": {"errors": errors}}}, 400)
+    return JSONResponse(invalid_body(request.url.path, error.errors(), error.body), 400)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses by itself: a method that a route has not, a body that is no JSON."""
+    assert isinstance(error, HTTPException)
+    body = error_body(request.url.path, error.status_code, str(error.detail))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    """The framework raises the error again afterwards, and the server logs it."""
+    return JSONResponse(error_body(request.url.path, 500, "Internal server error"), 500)

@@ -24,6 +24,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.domain.error_bodies import error_body
+
 logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 2.0
@@ -158,7 +160,7 @@ class Requests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif self._stop.stopping and _TURN_STREAMS.search(scope["path"]):
-            await _refusal()(scope, receive, send)
+            await _refusal(scope["path"])(scope, receive, send)
         else:
             await self._answer(scope, receive, send)
 
@@ -194,9 +196,10 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _refusal() -> JSONResponse:
+def _refusal(path: str) -> JSONResponse:
     headers = {"Retry-After": "1", "Connection": "close"}
-    return JSONResponse({"detail": "This web process is stopping: try again, another one will answer"}, 503, headers)
+    message = "This web process is stopping: try again, another one will answer"
+    return JSONResponse(error_body(path, 503, message), 503, headers)
 
 
 async def _cut(receive: Receive) -> None:

@@ -34,7 +34,11 @@ class NotFound(CaravanError):
 
 
 class InvalidRequest(CaravanError):
-    """The request itself is wrong, whatever its timing (400)."""
+    """The request itself is wrong, whatever its timing (400). `param` names the field: `input[0].content`."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Conflict(CaravanError):

@@ -7,6 +7,7 @@ import ipaddress
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.domain.error_bodies import error_body
 from app.identity.keys import LOCAL_PRINCIPAL, Keys
 
 HEALTH = frozenset({"/v1/health", "/v1alpha/health"})
@@ -36,7 +37,8 @@ class Identification:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            response = JSONResponse({"detail": refusal}, 401, {"WWW-Authenticate": "Bearer"})
+            body = error_body(scope["path"], 401, refusal)
+            response = JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
             await response(scope, receive, send)
 
     def _identify(self, scope: Scope) -> str | None:

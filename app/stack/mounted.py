@@ -29,6 +29,7 @@ from llama_stack.providers.datatypes import Api
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.domain.error_bodies import error_body, invalid_body, is_openai
 from app.settings import Settings
 from app.stack import access, library, postgres, registry
 from app.stack.config import stack_run_config
@@ -152,10 +153,15 @@ async def _log_nothing(request: Request) -> None:
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     """llama_stack's error body, without its printing of a traceback for every wrong request."""
+    path = request.url.path
+    if isinstance(error, RequestValidationError):
+        return JSONResponse(invalid_body(path, error.errors(), error.body), 400)
     translated = server.translate_exception(error)
-    if translated.status_code >= 500:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse({"error": {"detail": translated.detail}}, status_code=translated.status_code)
+    status = translated.status_code
+    if status >= 500:
+        log.error("%s %s failed", request.method, path, exc_info=error)
+    body = error_body(path, status, translated.detail) if is_openai(path) else {"error": {"detail": translated.detail}}
+    return JSONResponse(body, status)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
@@ -166,7 +172,16 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     named = [str(value) for value in request.path_params.values()]
     if type(cause) is ValueError and "not found" in str(cause) and any(name in str(cause) for name in named):
         status, detail = 404, str(cause)
-    return JSONResponse({"detail": detail}, status, error.headers)
+    return JSONResponse(_body(request.url.path, status, detail), status, error.headers)
+
+
+def _body(path: str, status: int, detail: Any) -> dict[str, Any]:
+    """`detail` is a text, or what llama_stack makes of a ValidationError: `{"errors": [{"loc", "msg", "type"}]}`."""
+    if not is_openai(path):
+        return {"detail": detail}
+    if isinstance(detail, dict):
+        return invalid_body(path, detail["errors"], None)
+    return error_body(path, status, str(detail))
 
 
 class RegistryChanges:
