@@ -53,6 +53,10 @@ class EventKind(StrEnum):
     TURN_AWAITING_INPUT = "turn_awaiting_input"
     TURN_COMPLETE = "turn_complete"
     ERROR = "error"
+    ITEM_ADDED = "item_added"
+    """An output item of a response was begun."""
+    RESPONSE = "response"
+    """Any other event of a response but its end."""
 
 
 _KINDS = {kind.value: kind for kind in EventKind}

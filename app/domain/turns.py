@@ -44,6 +44,13 @@ TRANSITIONS: dict[TurnStatus, frozenset[TurnStatus]] = {
 }
 
 
+class TurnKind(StrEnum):
+    AGENT = "agent"
+    """Of a session of a Llama Stack agent."""
+    RESPONSE = "response"
+    """OpenAI's: alone, or of a conversation."""
+
+
 class MultitaskStrategy(StrEnum):
     """What a new turn does when its session has one that is queued or running."""
 

@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, literal, select, text, update
+from sqlalchemy import Connection, bindparam, func, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.domain.errors import Conflict, KeyReused, NotFound, TooManyTurns, TurnFailure
-from app.domain.events import START, EventId
-from app.domain.turns import MultitaskStrategy, TurnStatus, match_responses
+from app.domain.events import START, Event, EventId
+from app.domain.turns import MultitaskStrategy, TurnKind, TurnStatus, match_responses
+from app.store import responses
 from app.store.agents import get_session
 from app.store.tables import UNFINISHED_SQL, idempotency_keys, seconds, sessions, turns
-from app.store.turns import Ended, RaiseFence, cancel, end, read_steps
+from app.store.turns import Ended, RaiseFence, add_segment, cancel, end, read_steps
 
 KEEP_KEYS_SECONDS = 24 * 3600
+ANSWERED_SECONDS = 15
+"""SDKs wait 8 s at most before they try again: a response that ended earlier was answered, and is not asked for again."""
+
 RETRY_SECONDS = 600
 """A request that says it is a retry is one of the session's newest turn, if that is no older and was the same."""
 
@@ -48,6 +52,28 @@ class Submission:
     request_hash: bytes
     caps: Caps
     strategy: MultitaskStrategy = MultitaskStrategy.ENQUEUE
+    idempotency_key: str | None = None
+    is_retry: bool = False
+
+
+@dataclass(frozen=True)
+class ResponseSubmission:
+    """A request for a response: as a Submission. `session_id`: its conversation's, or one that is made for it.
+
+    `opening`: the first events, which are recorded with it.
+    """
+
+    owner: str
+    turn_id: str
+    session_id: str
+    in_conversation: bool
+    request: dict[str, Any]
+    request_hash: bytes
+    caps: Caps
+    opening: Sequence[Event]
+    previous_turn_id: str | None = None
+    stored: bool = True
+    sealed: bytes | None = None
     idempotency_key: str | None = None
     is_retry: bool = False
 
@@ -102,6 +128,17 @@ _TAKE_NUMBER = (
     .values(next_number=sessions.c.next_number + 1)
     .returning(sessions.c.next_number)
 )
+_TAKE_NUMBER_IN_CONVERSATION = (
+    update(sessions)
+    .where(
+        sessions.c.session_id == bindparam("of_session"),
+        sessions.c.owner == bindparam("of_owner"),
+        sessions.c.metadata.is_not(None),
+        sessions.c.deleted_at.is_(None),
+    )
+    .values(next_number=sessions.c.next_number + 1)
+    .returning(sessions.c.next_number)
+)
 _UNFINISHED = (
     select(turns.c.turn_id, turns.c.status)
     .where(turns.c.session_id == bindparam("of_session"), text(UNFINISHED_SQL))
@@ -114,6 +151,18 @@ _NEWEST = (
         turns.c.number == bindparam("numbered"),
         turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
     )
+    .limit(1)
+)
+_SAME_RESPONSE = (
+    select(turns.c.turn_id)
+    .where(
+        turns.c.kind == TurnKind.RESPONSE,
+        turns.c.request_hash == bindparam("hash"),
+        turns.c.owner == bindparam("of_owner"),
+        turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
+        or_(turns.c.completed_at.is_(None), turns.c.completed_at > _NOW - seconds(ANSWERED_SECONDS)),
+    )
+    .order_by(turns.c.created_at.desc())
     .limit(1)
 )
 _ACTIVE = text("status IN ('queued', 'running')")
@@ -129,16 +178,11 @@ _COUNTS = select(
     _counted(most="total").label("total"),
 )
 _LOCK = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("what"), 0)))
-_ADD_TURN = insert(turns).values(
-    {
-        **{name: bindparam(name) for name in ("turn_id", "session_id", "owner", "number", "request", "request_hash")},
-        "status": TurnStatus.QUEUED,
-        "tool_responses": {},
-        "queued_at": _NOW,
-        "rung_at": _NOW,
-        "rings": 1,
-    }
-)
+_GIVEN = ("turn_id", "session_id", "owner", "number", "request", "request_hash")
+_GIVEN_OF_RESPONSES = ("kind", "previous_turn_id", "stored", "sealed", "last_fence", "last_n")
+_QUEUED = {"status": TurnStatus.QUEUED, "tool_responses": {}, "queued_at": _NOW, "rung_at": _NOW, "rings": 1}
+_ADD_TURN = insert(turns).values({name: bindparam(name) for name in _GIVEN} | _QUEUED)
+_ADD_RESPONSE = insert(turns).values({name: bindparam(name) for name in _GIVEN + _GIVEN_OF_RESPONSES} | _QUEUED)
 
 
 def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -> Accepted:
@@ -166,6 +210,62 @@ def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -
     fields = {name: getattr(asked, name) for name in ("turn_id", "session_id", "owner", "request", "request_hash")}
     connection.execute(_ADD_TURN, {**fields, "number": number})
     return Accepted(asked.turn_id, ended=ended, interrupted=interrupted)
+
+
+def accept_response(connection: Connection, asked: ResponseSubmission) -> Accepted:
+    """Stores a new response, at the end of its conversation or alone, with its first events.
+
+    May be asked again after a commit whose reply was lost. Raises NotFound: no such conversation. InvalidRequest: it
+    cannot go on from the previous response. KeyReused, TooManyTurns.
+    """
+    known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id)
+    if known is not None:
+        return known
+    if asked.is_retry and (earlier := _retried_response(connection, asked)) is not None:
+        return earlier
+    if asked.previous_turn_id is not None:
+        responses.check_previous(connection, asked.owner, asked.previous_turn_id)
+    number = _place_in_conversation(connection, asked) if asked.in_conversation else _own_session(connection, asked)
+    if number is None or connection.scalar(select(turns.c.turn_id).where(turns.c.turn_id == asked.turn_id)):
+        return Accepted(asked.turn_id)
+    busy = len(_unfinished(connection, asked.session_id)) if number > 1 else 0
+    if busy >= asked.caps.session:
+        raise TooManyTurns(f"The conversation has {busy} responses queued or running (MAX_TURNS_PER_SESSION)")
+    _check_counts(connection, asked.owner, asked.caps)
+    names = ("turn_id", "session_id", "owner", "request", "request_hash", "previous_turn_id", "stored", "sealed")
+    last = asked.opening[-1].id
+    more = {"number": number, "kind": TurnKind.RESPONSE, "last_fence": last.fence, "last_n": last.n}
+    connection.execute(_ADD_RESPONSE, {name: getattr(asked, name) for name in names} | more)
+    add_segment(connection, asked.turn_id, asked.opening)
+    return Accepted(asked.turn_id)
+
+
+def _place_in_conversation(connection: Connection, asked: ResponseSubmission) -> int:
+    where = {"of_session": asked.session_id, "of_owner": asked.owner}
+    following = connection.execute(_TAKE_NUMBER_IN_CONVERSATION, where).scalar()
+    if following is None:
+        raise NotFound("Conversation", f"conv_{asked.session_id.replace('-', '')}")
+    return int(following) - 1
+
+
+def _own_session(connection: Connection, asked: ResponseSubmission) -> int | None:
+    """None: an earlier commit, whose reply was lost, has made it. One that is not stored is born deleted."""
+    row = {"session_id": asked.session_id, "owner": asked.owner, "name": "", "next_number": 2}
+    row["deleted_at"] = None if asked.stored else _NOW
+    made = insert(sessions).values(row).on_conflict_do_nothing().returning(sessions.c.session_id)
+    return 1 if connection.execute(made).scalar() else None
+
+
+def _retried_response(connection: Connection, asked: ResponseSubmission) -> Accepted | None:
+    """The newest response that was asked for with the same words, as an SDK that lost its connection repeats them."""
+    row = {"of_owner": asked.owner, "hash": asked.request_hash}
+    newest = connection.execute(_SAME_RESPONSE, row).scalar()
+    if newest is None:
+        return None
+    if asked.idempotency_key is not None:
+        mine = (idempotency_keys.c.owner == asked.owner, idempotency_keys.c.key == asked.idempotency_key)
+        connection.execute(update(idempotency_keys).where(*mine).values(turn_id=newest))
+    return Accepted(newest, is_new=False)
 
 
 def accept_again(connection: Connection, asked: Submission, raise_fence: RaiseFence) -> Accepted:
@@ -261,18 +361,17 @@ def _check_room(connection: Connection, asked: Submission, busy: Sequence[Any]) 
         raise Conflict(f"Session '{asked.session_id}' has a turn that is {busy[0].status}: '{busy[0].turn_id}'")
     if len(busy) >= asked.caps.session:
         raise TooManyTurns(f"The session has {len(busy)} turns queued or running (MAX_TURNS_PER_SESSION)")
-    _check_counts(connection, asked)
+    _check_counts(connection, asked.owner, asked.caps)
 
 
-def _check_counts(connection: Connection, asked: Submission) -> None:
+def _check_counts(connection: Connection, owner: str, caps: Caps) -> None:
     """Exact although requests run side by side: near a cap they go one by one."""
-    caps = asked.caps
-    limits: dict[str, Any] = {"of_owner": asked.owner, "principal": caps.principal, "total": caps.total}
+    limits: dict[str, Any] = {"of_owner": owner, "principal": caps.principal, "total": caps.total}
     counts = connection.execute(_COUNTS, limits).one()
     near = [
         what
         for what, count, cap in (
-            (f"turns of {asked.owner}", counts.principal, caps.principal),
+            (f"turns of {owner}", counts.principal, caps.principal),
             ("turns", counts.total, caps.total),
         )
         if count + EXACT_BELOW >= cap

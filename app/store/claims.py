@@ -16,7 +16,9 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import AttemptLost, TurnFailure
 from app.domain.events import Event, EventId, size
-from app.domain.turns import ENDED, TurnStatus
+from app.domain.turns import ENDED, TurnKind, TurnStatus
+from app.store import conversations
+from app.store.responses import response_chain
 from app.store.tables import (
     UNFINISHED_SQL,
     agents,
@@ -30,10 +32,13 @@ from app.store.tables import (
 )
 from app.store.turns import add_segment, next_in_session, read_steps
 
+StoredItem = tuple[dict[str, Any], str | None]
+"""(an item of a conversation, what a built-in tool gave the model where the item does not say it)"""
+
 
 @dataclass(frozen=True)
 class PastTurn:
-    """An earlier turn of the session: its input messages and its steps, as JSON; the text of its documents."""
+    """An earlier turn: its input messages (items, of a response) and its steps, as JSON; the text of its documents."""
 
     messages: list[dict[str, Any]]
     steps: list[dict[str, Any]]
@@ -55,13 +60,13 @@ class Claim:
     turn_id: str
     session_id: str
     number: int
-    agent_id: str
+    agent_id: str | None
     owner: str
     worker_id: str
     fence: int
     last: EventId
     tail_lost: bool
-    agent_config: dict[str, Any]
+    agent_config: dict[str, Any] | None
     request: dict[str, Any]
     resolved: dict[str, Any] | None
     tool_responses: dict[str, list[dict[str, Any]]]
@@ -75,17 +80,28 @@ class Claim:
     steps: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[tuple[int, int], LedgerEntry] = field(default_factory=dict)
     past: list[PastTurn] = field(default_factory=list)
+    """An agent's: the session's earlier turns. A response's: the chain of `previous_response_id`, first one first."""
+    kind: TurnKind = TurnKind.AGENT
+    created_at: datetime | None = None
+    items: list[StoredItem] = field(default_factory=list)
+    """Of the conversation that a response belongs to."""
+    sealed: bytes | None = None
 
 
 @dataclass(frozen=True)
 class LegEnd:
-    """How a leg ends: the turn's next status, the message it ends with, or why it failed."""
+    """How a leg ends: the turn's next status, the message it ends with, or why it failed.
+
+    `output_message`: CompletionMessage of an agent's turn, `{"status", "reason"}` of a response. `items`: what a
+    response adds to its conversation.
+    """
 
     status: TurnStatus
     output_message: dict[str, Any] | None = None
     failure: TurnFailure | None = None
     completed_at: datetime | None = None
     deadline_seconds: float | None = None
+    items: Sequence[StoredItem] = ()
 
 
 # Statements of the hot path are built once: building one costs as much as running it.
@@ -128,7 +144,7 @@ _CLAIM = (
 )
 _CONTEXT = (
     select(agents.c.agent_id, agents.c.config, registry_version.c.version)
-    .select_from(sessions.join(agents).join(registry_version, true()))
+    .select_from(sessions.join(agents, isouter=True).join(registry_version, true()))
     .where(sessions.c.session_id == bindparam("of_session"))
 )
 _PAST = (
@@ -176,7 +192,10 @@ def claim(
         deadline_at=row.deadline_at,
         registry_version=context.version,
         event_bytes=row.event_bytes,
-        **_recorded(connection, row),
+        kind=TurnKind(row.kind),
+        created_at=row.created_at,
+        sealed=row.sealed,
+        **(_recorded(connection, row) if row.kind == TurnKind.AGENT else _recorded_response(connection, row)),
     )
 
 
@@ -196,6 +215,20 @@ def _recorded(connection: Connection, row: Row[Any]) -> dict[str, Any]:
         "steps": steps.get(row.turn_id, []),
         "past": [PastTurn(each.request["messages"], steps[each.turn_id], each.context or "") for each in earlier],
         "ledger": {(each.ordinal, each.index): LedgerEntry(each.fence, each.result) for each in entries},
+    }
+
+
+def _recorded_response(connection: Connection, row: Row[Any]) -> dict[str, Any]:
+    """The response's journal and ledger, what its predecessors said, and its conversation's items."""
+    retried = row.fence > 1
+    entries = _rows(connection, _LEDGER, {"of_turn": row.turn_id}, retried)
+    chain = response_chain(connection, row.previous_turn_id) if row.previous_turn_id else []
+    in_conversation = row.request.get("conversation") is not None
+    return {
+        "steps": read_steps(connection, [row.turn_id])[row.turn_id] if retried else [],
+        "past": [PastTurn(request["input"], steps, "") for request, steps in chain],
+        "ledger": {(each.ordinal, each.index): LedgerEntry(each.fence, each.result) for each in entries},
+        "items": conversations.items_of(connection, row.session_id) if in_conversation else [],
     }
 
 
@@ -280,6 +313,8 @@ def record(
         _start_call(connection, claim, ordinal, index)
     if result is not None:
         _finish_call(connection, claim, *result)
+    if end and end.items:
+        conversations.append(connection, claim.session_id, end.items)
     following = next_in_session(connection, claim.session_id, claim.number) if end and end.status in ENDED else None
     return replace(_advanced(claim, events, step, resolved), following=following)
 
@@ -301,6 +336,7 @@ def _end_values(end: LegEnd) -> dict[str, Any]:
         "error": end.failure.as_dict() if end.failure else None,
         "completed_at": end.completed_at,
         "deadline_at": _NOW + seconds(end.deadline_seconds) if end.deadline_seconds else None,
+        **({"sealed": None} if end.status in ENDED else {}),
     }
 
 

@@ -154,6 +154,13 @@ turns = Table(
         ForeignKey("turns.turn_id", ondelete="SET NULL"),
         comment="previous_response_id of a response",
     ),
+    Column(
+        "stored",
+        Boolean,
+        nullable=False,
+        server_default=text("true"),
+        comment="False: a response to be shown to nobody",
+    ),
     Column("sealed", LargeBinary, comment="Secrets of the request (app.identity.sealing), until the turn ends"),
     UniqueConstraint("session_id", "number"),
     CheckConstraint(f"status IN ({_one_of(frozenset(TurnStatus))})", name="status"),

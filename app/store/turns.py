@@ -172,6 +172,7 @@ def end(
             error=failure.as_dict(),
             completed_at=func.clock_timestamp(),
             deadline_at=None,
+            sealed=None,
         )
     )
     return Ended(turn_id, status, terminal, next_in_session(connection, row.session_id, row.number))

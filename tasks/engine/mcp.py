@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -36,23 +37,31 @@ GOODBYE_SECONDS = 5
 STOP_SECONDS = 0.3
 """That a cancelled caller waits, so that a server that is well knows before the turn ends."""
 
-Transport = Callable[[str], AbstractAsyncContextManager[tuple[Any, Any]]]
+Transport = Callable[["Server"], AbstractAsyncContextManager[tuple[Any, Any]]]
 
 _sse_only: set[str] = set()
 
 
-async def list_tools(endpoint: str) -> list[types.Tool]:
+@dataclass(frozen=True)
+class Server:
+    """Where an MCP server is, and what it is sent with every request: that may hold secrets."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+async def list_tools(server: Server) -> list[types.Tool]:
     """All tools of a server. Raises TimeoutError, ConnectionError, McpError."""
     async with asyncio.timeout(LIST_SECONDS):
-        return await _converse(endpoint, _all_tools)
+        return await _converse(server, _all_tools)
 
 
-async def call_tool(endpoint: str, name: str, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
+async def call_tool(server: Server, name: str, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
     """Makes one call. A cancellation reaches the server.
 
     `key`: the call's `IDEMPOTENCY_KEY`. Raises ConnectionError, McpError, ValueError: a result that cannot be shown.
     """
-    result = await _converse(endpoint, lambda session: _call(session, name, arguments, key))
+    result = await _converse(server, lambda session: _call(session, name, arguments, key))
     content = [item for block in result.content for item in await _items(block)]
     return ToolInvocationResult(content=content, error_code=1 if result.isError else 0)
 
@@ -117,7 +126,7 @@ async def _items(block: types.ContentBlock) -> list[TextContentItem | ImageConte
     raise ValueError(f"Unknown content type: {block.type}")
 
 
-async def _converse[Answer](endpoint: str, ask: Callable[[ClientSession], Awaitable[Answer]]) -> Answer:
+async def _converse[Answer](server: Server, ask: Callable[[ClientSession], Awaitable[Answer]]) -> Answer:
     """Asks in a new session, and closes it behind the answer.
 
     The session is in a task of its own: anyio's scopes would mix up a cancellation with their own, and a server that
@@ -125,7 +134,7 @@ async def _converse[Answer](endpoint: str, ask: Callable[[ClientSession], Awaita
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Answer] = loop.create_future()
-    task = asyncio.create_task(_hold_session(endpoint, ask, answer))
+    task = asyncio.create_task(_hold_session(server, ask, answer))
     try:
         return await answer
     except asyncio.CancelledError:
@@ -137,10 +146,10 @@ async def _converse[Answer](endpoint: str, ask: Callable[[ClientSession], Awaita
 
 
 async def _hold_session[Answer](
-    endpoint: str, ask: Callable[[ClientSession], Awaitable[Answer]], answer: asyncio.Future[Answer]
+    server: Server, ask: Callable[[ClientSession], Awaitable[Answer]], answer: asyncio.Future[Answer]
 ) -> None:
     try:
-        async with _session(endpoint) as session:
+        async with _session(server) as session:
             if answer.done():  # cancelled, which an error of the transport at that moment has hidden
                 return
             given = await ask(session)
@@ -156,31 +165,31 @@ async def _hold_session[Answer](
 
 
 @asynccontextmanager
-async def _session(endpoint: str) -> AsyncIterator[ClientSession]:
-    if not endpoint.startswith(("http://", "https://")):
+async def _session(server: Server) -> AsyncIterator[ClientSession]:
+    if not server.url.startswith(("http://", "https://")):
         raise ValueError("the MCP endpoint is not a valid HTTP(S) URL")
     async with AsyncExitStack() as stack:
-        yield await _open(stack, endpoint)
+        yield await _open(stack, server)
 
 
-async def _open(stack: AsyncExitStack, endpoint: str) -> ClientSession:
+async def _open(stack: AsyncExitStack, server: Server) -> ClientSession:
     """A session over the transport that worked last, or the other one. Raises what the first one raised."""
-    first, second = (_sse, _streamable_http) if endpoint in _sse_only else (_streamable_http, _sse)
+    first, second = (_sse, _streamable_http) if server.url in _sse_only else (_streamable_http, _sse)
     try:
-        return await _initialized(stack, first, endpoint)
+        return await _initialized(stack, first, server)
     except Exception as error:
         failure = error
     try:
-        session = await _initialized(stack, second, endpoint)
+        session = await _initialized(stack, second, server)
     except Exception:
         raise failure from None
-    (_sse_only.add if second is _sse else _sse_only.discard)(endpoint)
+    (_sse_only.add if second is _sse else _sse_only.discard)(server.url)
     return session
 
 
-async def _initialized(stack: AsyncExitStack, transport: Transport, endpoint: str) -> ClientSession:
+async def _initialized(stack: AsyncExitStack, transport: Transport, server: Server) -> ClientSession:
     async with AsyncExitStack() as opening:
-        read, write = await opening.enter_async_context(transport(endpoint))
+        read, write = await opening.enter_async_context(transport(server))
         session = await opening.enter_async_context(ClientSession(read, write))
         await session.initialize()
         stack.push_async_exit(opening.pop_all())
@@ -188,13 +197,16 @@ async def _initialized(stack: AsyncExitStack, transport: Transport, endpoint: st
 
 
 @asynccontextmanager
-async def _streamable_http(endpoint: str) -> AsyncIterator[tuple[Any, Any]]:
-    async with _http_client() as client, streamable_http_client(endpoint, http_client=client) as (read, write, _):
+async def _streamable_http(server: Server) -> AsyncIterator[tuple[Any, Any]]:
+    async with (
+        _http_client(dict(server.headers)) as client,
+        streamable_http_client(server.url, http_client=client) as (read, write, _),
+    ):
         yield read, write
 
 
-def _sse(endpoint: str) -> AbstractAsyncContextManager[tuple[Any, Any]]:
-    return sse_client(endpoint, httpx_client_factory=_http_client)
+def _sse(server: Server) -> AbstractAsyncContextManager[tuple[Any, Any]]:
+    return sse_client(server.url, headers=dict(server.headers), httpx_client_factory=_http_client)
 
 
 def _http_client(

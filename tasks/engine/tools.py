@@ -131,7 +131,7 @@ async def _mcp_tools(endpoint: str) -> list[dict[str, Any]]:
             "is_mcp": True,
             "annotations": tool.annotations.model_dump(exclude_none=True) if tool.annotations else {},
         }
-        for tool in await mcp.list_tools(endpoint)
+        for tool in await mcp.list_tools(mcp.Server(endpoint))
     ]
 
 
@@ -240,7 +240,7 @@ async def _invoke(
         if endpoint is None:
             raise ValueError(f"toolgroup {tool.toolgroup_id} is no MCP server any longer")
         # It gets just what the model said: its schema knows no session.
-        return await mcp.call_tool(endpoint, tool.name, arguments, key)
+        return await mcp.call_tool(mcp.Server(endpoint), tool.name, arguments, key)
     # The router finds a tool's group in an index that listing the group fills: another process may have resolved it.
     await stack.tool_groups.list_tools(toolgroup_id=tool.toolgroup_id)
     kwargs = {"session_id": session_id, **arguments}

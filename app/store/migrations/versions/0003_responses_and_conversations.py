@@ -45,6 +45,16 @@ def upgrade() -> None:
     op.add_column(
         "turns",
         sa.Column(
+            "stored",
+            sa.Boolean(),
+            server_default=sa.text("true"),
+            nullable=False,
+            comment="False: a response to be shown to nobody",
+        ),
+    )
+    op.add_column(
+        "turns",
+        sa.Column(
             "sealed",
             sa.LargeBinary(),
             nullable=True,
@@ -96,6 +106,7 @@ def downgrade() -> None:
     op.drop_index("ix_turns_responses", table_name="turns", postgresql_where=RESPONSE)
     op.drop_index("ix_turns_previous", table_name="turns", postgresql_where=sa.text("previous_turn_id IS NOT NULL"))
     op.drop_column("turns", "sealed")
+    op.drop_column("turns", "stored")
     op.drop_constraint(op.f("fk_turns_previous_turn_id"), "turns", type_="foreignkey")
     op.drop_column("turns", "previous_turn_id")
     op.drop_column("turns", "kind")

@@ -1,0 +1,47 @@
+"""A response's events: as they are logged, without the `sequence_number`, which each has from its number in the log.
+
+Each begins with its type, `{"type":"response.…"`. Source: OpenAI's API reference, Streaming events of Responses.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from app.domain.events import Event, ascii_json
+
+_TYPE = '{"type":"'
+
+
+def event(type_: str, **fields: Any) -> str:
+    return ascii_json({"type": f"response.{type_}", **fields})
+
+
+def sequence_number(n: int) -> int:
+    """Of the event with the number `n` in the log, which counts from 1."""
+    return n - 1
+
+
+class Delta:
+    """Serializes the deltas of one content part or call: all but the text is made once."""
+
+    def __init__(self, type_: str, **fields: Any) -> None:
+        self._head = event(type_, **fields, delta="").removesuffix('""}')
+
+    def data(self, text: str) -> str:
+        return f"{self._head}{json.dumps(text)}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseEvent:
+    """A logged event on its way to a client."""
+
+    event: Event
+
+    def sse(self) -> bytes:
+        """As OpenAI's: the type as the event's name, `sequence_number` in the data. No id: SDKs resume by number."""
+        data = self.event.data
+        type_ = data[len(_TYPE) : data.index('"', len(_TYPE))]
+        number = sequence_number(self.event.id.n)
+        return f'event: {type_}\ndata: {{"sequence_number":{number},{data[1:]}\n\n'.encode("ascii")
