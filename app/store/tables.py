@@ -232,14 +232,19 @@ event_segments = Table(
     Column("events", LargeBinary, nullable=False, comment="zlib of lines `after id kind data`"),
 )
 
-conversation_items = Table(
-    "conversation_items",
+# Named after the session, because the Llama Stack has a table `conversation_items` in the same database.
+session_items = Table(
+    "session_items",
     metadata,
     Column("session_id", _Id, ForeignKey("sessions.session_id", ondelete="CASCADE"), primary_key=True),
     Column("position", BigInteger, Identity(), primary_key=True, comment="Order in the conversation, with holes"),
     Column("item_id", Text, nullable=False),
     Column("item", JSON, nullable=False, comment="Input or output item of OpenAI's Responses"),
-    Column("result", Text, comment="What a built-in tool gave the model, where the item does not say it"),
+    Column(
+        "result",
+        JSON(none_as_null=True),
+        comment="Text that a built-in tool gave the model, where the item does not say it",
+    ),
     Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
     UniqueConstraint("session_id", "item_id"),
 )

@@ -28,6 +28,7 @@ from app.settings import Settings
 from app.stack.chunks import ModelError
 from app.stack.mounted import RegistryHook, StackApp, create_stack_app, stack_lifespan
 from app.stack.postgres import libpq_parameters, open_connection
+from app.store.tables import metadata
 from tasks.stack import LlamaStack
 
 # --- a model server ---------------------------------------------------------------------------------------------------
@@ -281,6 +282,11 @@ async def test_conversations_and_responses_work_repeatedly_and_at_once(settings:
         # What the module says that the web process holds: one, and a pool.
         assert connections(database_url) <= 1 + settings.database_pool_size
     assert connections(database_url) == 0
+    with administrator(database_url) as cursor:
+        cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        its_tables = {name for (name,) in cursor.fetchall()}
+    assert "conversation_items" in its_tables
+    assert not its_tables & metadata.tables.keys()  # ours, which are in the same database
 
 
 async def test_nothing_is_stored_of_completions(settings: Settings, database_url: str) -> None:

@@ -71,7 +71,7 @@ def upgrade() -> None:
     op.create_index("ix_turns_responses", "turns", ["owner", "created_at"], unique=False, postgresql_where=RESPONSE)
     op.create_index("ix_turns_response_hash", "turns", ["request_hash"], unique=False, postgresql_where=RESPONSE)
     op.create_table(
-        "conversation_items",
+        "session_items",
         sa.Column("session_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column(
             "position",
@@ -84,23 +84,23 @@ def upgrade() -> None:
         sa.Column("item", sa.JSON(), nullable=False, comment="Input or output item of OpenAI's Responses"),
         sa.Column(
             "result",
-            sa.Text(),
+            sa.JSON(),
             nullable=True,
-            comment="What a built-in tool gave the model, where the item does not say it",
+            comment="Text that a built-in tool gave the model, where the item does not say it",
         ),
         sa.Column(
             "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
         sa.ForeignKeyConstraint(
-            ["session_id"], ["sessions.session_id"], name=op.f("fk_conversation_items_session_id"), ondelete="CASCADE"
+            ["session_id"], ["sessions.session_id"], name=op.f("fk_session_items_session_id"), ondelete="CASCADE"
         ),
-        sa.PrimaryKeyConstraint("session_id", "position", name=op.f("pk_conversation_items")),
-        sa.UniqueConstraint("session_id", "item_id", name=op.f("uq_conversation_items_session_id_item_id")),
+        sa.PrimaryKeyConstraint("session_id", "position", name=op.f("pk_session_items")),
+        sa.UniqueConstraint("session_id", "item_id", name=op.f("uq_session_items_session_id_item_id")),
     )
 
 
 def downgrade() -> None:
-    op.drop_table("conversation_items")
+    op.drop_table("session_items")
     op.execute("DELETE FROM sessions WHERE agent_id IS NULL")
     op.drop_index("ix_turns_response_hash", table_name="turns", postgresql_where=RESPONSE)
     op.drop_index("ix_turns_responses", table_name="turns", postgresql_where=RESPONSE)
