@@ -105,4 +105,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     errors: list[dict[str, Any]] = [
         {"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in error.errors()
     ]
+    if any(each["loc"] == ["body"] for each in errors) and not _is_json(request.headers.get("content-type", "")):
+        errors = [{"loc": ["header", "content-type"], "msg": "Must be application/json", "type": "content_type"}]
     return JSONResponse({"error": {"detail": {"errors": errors}}}, 400)
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.split(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
