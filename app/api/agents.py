@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from app.api.errors import answers
 from app.api.identifiers import AgentId
 from app.api.service import JSON, CurrentService, Owner
-from app.api.validation import check_agent_config
+from app.api.validation import check_agent_config, plain
 from app.domain import shapes
 from app.domain.errors import TurnFailure
 from app.store import agents
@@ -35,7 +35,7 @@ async def create_agent(body: CreateAgent, service: CurrentService, owner: Owner)
     """Create an agent with the given configuration."""
     check_agent_config(body.agent_config)
     agent_id = str(uuid.uuid4())
-    config = body.agent_config.model_dump(mode="json")
+    config = plain(body.agent_config)
     await service.store.run(agents.create_agent, owner, agent_id, config)
     return {"agent_id": agent_id}
 

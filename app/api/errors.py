@@ -115,7 +115,15 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return JSONResponse(invalid_body(request.url.path, error.errors(), error.body), 400)
+    problems = error.errors()
+    if any(each["loc"] == ("body",) for each in problems) and not _is_json(request.headers.get("content-type", "")):
+        problems = [{"loc": ("header", "content-type"), "msg": "Must be application/json", "type": "content_type"}]
+    return JSONResponse(invalid_body(request.url.path, problems, error.body), 400)
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.split(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -21,6 +21,7 @@ from app.api.errors import answers, failure_status
 from app.api.identifiers import AgentId, SessionId, StepId, TurnId
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import TurnStream
+from app.api.validation import plain
 from app.domain import shapes
 from app.domain.errors import Conflict, InvalidRequest, NotFound, OutcomeUnknown, TurnFailure, Unavailable
 from app.domain.events import START, Event, EventId
@@ -90,7 +91,7 @@ async def create_turn(
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> Response:
     """Create a turn. It is stored before anything is answered, and runs whether the client stays or leaves."""
-    stored = body.model_dump(mode="json", exclude={"stream", "multitask_strategy"})
+    stored = plain(body, exclude={"stream", "multitask_strategy"})
     accepted = await _accept(
         service,
         Submission(
@@ -151,7 +152,7 @@ async def resume_turn(
     """Resume a turn that awaits input, with the responses of the client's tools."""
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
-    responses = [response.model_dump(mode="json") for response in body.tool_responses]
+    responses = [plain(response) for response in body.tool_responses]
     request_hash = _hash("resume", turn_id, responses)
     accepted = await _resume(
         service, turn, Resumption(owner, session_id, turn_id, responses, request_hash, idempotency_key)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llama_stack.apis.agents import AgentConfig
+from pydantic import BaseModel
 
 from app.domain.errors import InvalidRequest
 
@@ -18,6 +21,14 @@ def check_agent_config(config: AgentConfig) -> None:
         raise InvalidRequest(f"agent_config.client_tools: {', '.join(sorted(twice))} is there twice")
     if config.max_infer_iters is not None and config.max_infer_iters < 1:
         raise InvalidRequest("agent_config.max_infer_iters: must be at least 1")
+
+
+def plain(body: BaseModel, *, exclude: set[str] | None = None) -> dict[str, Any]:
+    """What is stored of a body, as JSON values. Raises InvalidRequest: pydantic reads deeper nesting than it writes."""
+    try:
+        return body.model_dump(mode="json", exclude=exclude)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The body cannot be stored as JSON: it is nested too deeply") from None
 
 
 def check_text(field: str, text: str) -> None:

@@ -10,6 +10,7 @@ import typer
 from app.cli.errors import CommandError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+MAX_DAYS = 365_000  # a thousand years; Postgres has no moment much before that
 TRANSACTION_SECONDS = 600  # a hundred sessions may hold much, and counting them all looks at each
 
 
@@ -48,4 +49,7 @@ def _seconds(age: str) -> float:
     found = re.fullmatch(r"(\d+)([smhdw])", age.strip())
     if not found:
         raise CommandError(f"--older-than {age}: give a number and a unit out of s, m, h, d, w, such as 90d")
-    return float(found[1]) * UNITS[found[2]]
+    seconds = int(found[1]) * UNITS[found[2]]
+    if seconds > MAX_DAYS * UNITS["d"]:
+        raise CommandError(f"--older-than {age}: at most {MAX_DAYS}d")
+    return seconds

@@ -17,6 +17,7 @@ class Transcript:
     def __init__(self, *, show_steps: bool = False) -> None:
         self._show_steps = show_steps
         self._within_line = False
+        self._within_step = False
         self.turn_id: str | None = None
         self.awaits_input = False
 
@@ -24,14 +25,20 @@ class Transcript:
         """One event. Raises CommandError: it says that the turn failed or was cancelled."""
         if error := chunk.get("error"):
             self.end_line()
+            if error.get("code") == "cancelled":
+                raise CommandError("the turn was cancelled")
             raise CommandError(f"the turn failed: {error.get('message')} ({error.get('code')})")
         payload = chunk["event"]["payload"]
         match payload["event_type"]:
             case "step_start":
+                if self._within_step:
+                    self._line("the worker was lost or stopped: the step is made again")
+                self._within_step = True
                 self._step(f"{payload['step_type']} step begins")
             case "step_progress":
                 self._delta(payload["delta"])
             case "step_complete":
+                self._within_step = False
                 self._complete(payload["step_details"])
             case "turn_complete" | "turn_awaiting_input" as kind:
                 self.end_line()

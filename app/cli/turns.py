@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from app.store.turns import TurnRow
 
 READ_TIMEOUT_SECONDS = 60.0
+REJOIN_SECONDS = 60.0
+"""How long a stream that was cut may be without a server to join again: a restart, or a deployment."""
 
 application = typer.Typer(help="List turns, show one, follow one, or cancel one.", no_args_is_help=True)
 
@@ -26,7 +29,7 @@ TurnId = Annotated[str, typer.Argument(help="Id of the turn.", metavar="ID")]
 @application.command("list")
 def list_turns(
     status: Annotated[TurnStatus | None, typer.Option(help="Only turns of this status.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=10_000)] = 20,
 ) -> None:
     """List the newest turns of the database at DATABASE_URL."""
     from app.store.turns import recent_turns
@@ -52,9 +55,12 @@ def follow(turn_id: TurnId, url: UrlOption = URL, api_key: KeyOption = None) -> 
 
     turn, agent_id = _find(turn_id)
     transcript = Transcript()
-    for event in _events(f"{url}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn_id}/events", api_key):
-        transcript.show(event)
-    transcript.end_line()
+    path = f"{url.rstrip('/')}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn.turn_id}/events"
+    try:
+        for event in _events(path, api_key):
+            transcript.show(event)
+    finally:
+        transcript.end_line()
 
 
 @application.command()
@@ -75,21 +81,41 @@ def cancel(turn_id: TurnId) -> None:
 
 
 def _events(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:
+    """All of a turn's events. A stream that is cut is joined again behind the last one, for REJOIN_SECONDS."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        with httpx.stream("GET", url, headers=headers, timeout=READ_TIMEOUT_SECONDS) as response:
-            if response.status_code == httpx.codes.UNAUTHORIZED:
-                response.read()
-                raise CommandError(refused(url, response.json()["detail"]))
-            if response.status_code != httpx.codes.OK:
-                raise CommandError(f"{url} answered {response.status_code}: {response.read().decode(errors='replace')}")
-            for line in response.iter_lines():
-                if line.startswith("data: "):
-                    yield json.loads(line.removeprefix("data: "))
-    except httpx.HTTPError as error:
-        raise CommandError(f"no answer from {url}: {error}") from None
+    last_id, give_up_at = "", 0.0
+    while True:
+        try:
+            for event_id, event in _joined(url, api_key, last_id):
+                last_id, give_up_at = event_id, time.monotonic() + REJOIN_SECONDS
+                yield event
+            return
+        except httpx.HTTPError as error:
+            if time.monotonic() > give_up_at:
+                raise CommandError(f"no answer from {url}: {error}") from None
+        time.sleep(1)
+
+
+def _joined(url: str, api_key: str | None, last_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, event) of one connection. Raises httpx.HTTPError: it was cut, or the server is not there for the moment."""
+    import httpx
+
+    headers = {"Last-Event-ID": last_id, **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+    with httpx.stream("GET", url, headers=headers, timeout=READ_TIMEOUT_SECONDS) as response:
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            response.read()
+            raise CommandError(refused(url, response.json()["detail"]))
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise httpx.TransportError(f"{response.status_code}: {response.read().decode(errors='replace')}")
+        if response.status_code != httpx.codes.OK:
+            raise CommandError(f"{url} answered {response.status_code}: {response.read().decode(errors='replace')}")
+        event_id = ""
+        for line in response.iter_lines():
+            if line.startswith("id: "):
+                event_id = line.removeprefix("id: ")
+            elif line.startswith("data: "):
+                yield event_id, json.loads(line.removeprefix("data: "))
 
 
 def _find(turn_id: str) -> tuple[TurnRow, str]:

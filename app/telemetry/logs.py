@@ -53,5 +53,10 @@ def configure_logging(level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.access"):  # it has set up its own before it loads us
+        logger = logging.getLogger(name)
+        if logger.handlers:  # not with --no-access-log
+            logger.handlers.clear()
+            logger.propagate = True
     for name in ("httpx", "httpcore", "openai", "mcp", "asyncio", "alembic", "llama_stack"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

@@ -228,4 +228,5 @@ class Answer:
 
 def _text_item(item: TextItem, status: str) -> Item:
     shape: Item = {"type": item.kind, "id": item.item_id, "status": status, "content": item.done_parts}
-    return shape | ({"role": "assistant"} if item.kind == "message" else {"summary": []})
+    more: Item = {"role": "assistant"} if item.kind == "message" else {"summary": []}
+    return shape | more

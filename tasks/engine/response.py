@@ -67,16 +67,19 @@ class Response(Attempt):
                 case Finish() as finish:
                     return await self._end(finish)
 
-    def _say(self, type_: str, kind: EventKind = EventKind.RESPONSE, **fields: Any) -> None:
-        self._progress(event(type_, **fields), kind)
+    def _say(self, type_: str, **fields: Any) -> None:
+        self._progress(event(type_, **fields), EventKind.RESPONSE)
+
+    def _begin(self, item: Item | None, output_index: int) -> None:
+        self._progress(event("output_item.added", output_index=output_index, item=item), EventKind.ITEM_ADDED)
 
     async def _list_tools(self, tool_index: int) -> None:
         """Raises TurnFailure: the MCP server cannot be used."""
         item_id, output_index = f"mcpl_{uuid.uuid4().hex}", self._take_index()
-        where = {"item_id": item_id, "output_index": output_index}
+        where: dict[str, Any] = {"item_id": item_id, "output_index": output_index}
         label = self._request["tools"][tool_index]["server_label"]
         item: Item = {"type": "mcp_list_tools", "id": item_id, "server_label": label, "error": None, "tools": []}
-        self._say("output_item.added", EventKind.ITEM_ADDED, output_index=output_index, item=item)
+        self._begin(item, output_index)
         self._say("mcp_list_tools.in_progress", **where)
         try:
             listed = await self._tools.list_tools(tool_index)
@@ -92,9 +95,8 @@ class Response(Attempt):
     async def _approve(self) -> None:
         calls = []
         for request in self._approved:
-            taken = self._call_ids()
             call = CallItem(
-                call_id=f"call_{uuid.uuid4().hex}" if request["id"] in taken else request["id"],
+                call_id=f"call_{uuid.uuid4().hex}",
                 name=request["name"],
                 arguments=request["arguments"],
                 kind="mcp",
@@ -102,7 +104,7 @@ class Response(Attempt):
                 output_index=self._take_index(),
             )
             item = self._tools.begun(call)
-            self._say("output_item.added", EventKind.ITEM_ADDED, output_index=call.output_index, item=item)
+            self._begin(item, call.output_index)
             calls.append(_call(call))
         await self._record_step(ApprovedStep(step_id=_step_id(), calls=calls))
 
@@ -138,7 +140,7 @@ class Response(Attempt):
     def _say_asked(self, step: InferenceStep, call: Call) -> None:
         """An approval is asked for with the whole call, so its item is begun when the arguments are there."""
         item = next(each.item for each in step.items if each.output_index == call.output_index)
-        self._say("output_item.added", EventKind.ITEM_ADDED, output_index=call.output_index, item=item)
+        self._begin(item, call.output_index)
 
     def _chat_request(self) -> OpenAIChatCompletionRequestWithExtraBody:
         request, offered = self._request, self._tools.offered()
@@ -187,7 +189,7 @@ class Response(Attempt):
         await self._ledger.run(ordinal, to_make, record)
 
     async def _tool_step(self, ordinal: int, index: int, call: Call, running: asyncio.Task[Made]) -> None:
-        where = {"item_id": call.item_id, "output_index": call.output_index}
+        where: dict[str, Any] = {"item_id": call.item_id, "output_index": call.output_index}
         for progress in self._tools.progress(call):
             self._say(progress, **where)
         made = await running

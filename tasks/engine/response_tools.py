@@ -43,7 +43,7 @@ _WEB_SEARCH_TOOL = {
         "required": ["query"],
     },
 }
-_CITE = "Cite sources immediately at the end of sentences before punctuation, as `<|file-id|>`. Use only the file ids given."
+_CITE = "Cite sources at the end of sentences before punctuation, as `<|file-id|>`. Use only the file ids given."
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class ResponseTools:
         return _failed(OUTCOME_UNKNOWN)
 
     async def make(self, call: Call, key: str, *, ignored: bool) -> dict[str, Any]:
-        """`{"content", "error", "results", "files"}`: whatever goes wrong is the result, and the model is told of it."""
+        """`{"content", "error", "results", "files"}`. Whatever goes wrong is the result, which the model is told."""
         if ignored:
             return _failed("This call was not made: max_tool_calls calls were made before.")
         try:

@@ -117,6 +117,36 @@ def test_a_bad_body_names_the_field(http: httpx.Client, make_agent: AgentMaker) 
         )
 
 
+def test_a_body_without_its_content_type_says_so(http: httpx.Client) -> None:
+    """`curl -d` without a header sends a form; nothing is wrong with the body itself."""
+    body = b'{"agent_config": {"model": "scripted", "instructions": ""}}'
+    for given in ({"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}, {}):
+        answer = http.post("/v1/agents", content=body, headers=given)
+        (error,) = answer.json()["error"]["detail"]["errors"]
+        assert (answer.status_code, error["loc"]) == (400, ["header", "content-type"]), given
+
+
+def test_a_body_that_is_nested_too_deeply_is_400(http: httpx.Client, make_agent: AgentMaker) -> None:
+    """Pydantic reads a deeper one than it writes; none of the routes that store one fails on it."""
+    agent = make_agent(client_tools=[{"name": "add", "description": "Adds.", "parameters": []}])
+    deep: dict[str, Any] = {}
+    for _ in range(600):
+        deep = {"a": deep}
+    message = {"role": "user", "content": "CALL add {} | SAY done"}
+    turn = http.post(f"{agent.path}/turn", json={"messages": [message]}).json()
+    call_id = turn["output_message"]["tool_calls"][0]["call_id"]
+    schema = {"type": "json_schema", "json_schema": deep}
+    response = {"call_id": call_id, "tool_name": "add", "content": "1", "metadata": deep}
+    refused = {
+        "/v1/agents": {"agent_config": {"model": "scripted", "instructions": "", "response_format": schema}},
+        f"{agent.path}/turn": {"messages": [message], "toolgroups": [{"name": "x", "args": deep}]},
+        f"{agent.path}/turn/{turn['turn_id']}/resume": {"tool_responses": [response]},
+    }
+    for path, body in refused.items():
+        answer = http.post(path, json=body)
+        assert (answer.status_code, "nested too deeply" in answer.text) == (400, True), path
+
+
 def test_a_body_over_the_limit_is_413(http: httpx.Client, make_agent: AgentMaker) -> None:
     """Whether its length is announced or not."""
     agent = make_agent()

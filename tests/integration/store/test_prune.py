@@ -97,3 +97,5 @@ def test_the_command(seeds: Seeds, store_url: str) -> None:
     assert old not in sessions(seeds)
     status, said = caravan("--older-than", "soon")
     assert (status, "such as 90d" in said) == (1, True)
+    status, said = caravan("--older-than", "99999999999999999999d", "--dry-run")
+    assert (status, "at most 365000d" in said, "Traceback" in said) == (1, True, False)
