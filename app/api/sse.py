@@ -6,9 +6,9 @@ LF line ends; ids; comments without a blank line, because one with it, after an 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from sse_starlette import EventSourceResponse
 from sse_starlette.event import ServerSentEvent
@@ -17,7 +17,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.api.shutdown import Cut
 from app.domain.errors import NotFound
-from app.domain.events import Event
 
 PING = b": ping\n"
 PIECE_BYTES = 32_768
@@ -25,6 +24,12 @@ PIECE_BYTES = 32_768
 
 # It would end every stream within half a second of a signal. `app.api.shutdown` gives them a grace and cuts them.
 AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # the library has no annotation there
+
+
+class Sendable(Protocol):
+    """An event as it is sent."""
+
+    def sse(self) -> bytes: ...
 
 
 class TurnStream(EventSourceResponse):
@@ -35,7 +40,7 @@ class TurnStream(EventSourceResponse):
 
     def __init__(
         self,
-        batches: AsyncIterator[list[Event]],
+        batches: AsyncIterator[Sequence[Sendable]],
         *,
         ping_seconds: float,
         send_timeout_seconds: float,
@@ -81,7 +86,7 @@ class _PacedSend:
             raise Cut(f"the client took nothing for {self._timeout:g} s (STREAM_SEND_TIMEOUT_SECONDS)") from None
 
 
-async def _encoded(batches: AsyncIterator[list[Event]]) -> AsyncIterator[bytes]:
+async def _encoded(batches: AsyncIterator[Sequence[Sendable]]) -> AsyncIterator[bytes]:
     async with aclosing(batches):  # type: ignore[type-var]  # it is an async generator
         async for batch in batches:
             yield b"".join([event.sse() for event in batch])

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -100,7 +100,7 @@ async def create_turn(
             session_id=session_id,
             turn_id=str(uuid.uuid4()),
             request=stored,
-            request_hash=_hash("turn", agent_id, session_id, stored),
+            request_hash=request_hash("turn", agent_id, session_id, stored),
             caps=service.caps,
             strategy=body.multitask_strategy or x_multitask_strategy or MultitaskStrategy.ENQUEUE,
             idempotency_key=idempotency_key,
@@ -113,7 +113,7 @@ async def create_turn(
     return await _answer(service, agent_id, session_id, accepted, bool(body.stream))
 
 
-def _hash(*what: Any) -> bytes:
+def request_hash(*what: Any) -> bytes:
     """Of all that makes a request the same one: not whether it streams, nor its strategy."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()
 
@@ -123,10 +123,10 @@ async def _accept(service: Service, asked: Submission) -> Accepted:
     try:
         return await service.store.run(admission.accept, asked, raise_fence)
     except OutcomeUnknown:
-        return await _resolved(lambda: service.store.run(admission.accept_again, asked, raise_fence))
+        return await resolved(lambda: service.store.run(admission.accept_again, asked, raise_fence))
 
 
-async def _resolved(again: Callable[[], Awaitable[Accepted]]) -> Accepted:
+async def resolved(again: Callable[[], Awaitable[Accepted]]) -> Accepted:
     """After a lost commit reply, asks until Postgres answers. Raises Unavailable: that takes too long."""
     deadline = time.monotonic() + RESOLVE_SECONDS
     while True:
@@ -153,10 +153,8 @@ async def resume_turn(
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     responses = [plain(response) for response in body.tool_responses]
-    request_hash = _hash("resume", turn_id, responses)
-    accepted = await _resume(
-        service, turn, Resumption(owner, session_id, turn_id, responses, request_hash, idempotency_key)
-    )
+    digest = request_hash("resume", turn_id, responses)
+    accepted = await _resume(service, turn, Resumption(owner, session_id, turn_id, responses, digest, idempotency_key))
     if accepted.is_new:
         await service.ring(turn_id, request.headers.get("traceparent"))
     return await _answer(service, agent_id, session_id, accepted, bool(body.stream))
@@ -172,7 +170,7 @@ async def _resume(service: Service, turn: TurnRow, asked: Resumption) -> Accepte
     try:
         return await service.store.run(admission.resume, asked)
     except OutcomeUnknown:
-        return await _resolved(again)
+        return await resolved(again)
 
 
 class CancelledTurn(BaseModel):
@@ -197,12 +195,25 @@ async def cancel_turn(
     """
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
-    status = await _cancelled(service, turn)
+    status = await cancelled(service, turn)
     response.status_code = 200 if status in ENDED else 202
     return {"turn_id": turn_id, "session_id": session_id, "status": status}
 
 
-async def _cancelled(service: Service, turn: TurnRow) -> TurnStatus:
+class Cancellable(Protocol):
+    """What of a turn is needed to cancel it."""
+
+    @property
+    def turn_id(self) -> str: ...
+
+    @property
+    def status(self) -> TurnStatus: ...
+
+    @property
+    def last(self) -> EventId: ...
+
+
+async def cancelled(service: Service, turn: Cancellable) -> TurnStatus:
     """Asks until the turn has ended: a running one may come to await input, or be handed over, in between."""
     status: TurnStatus | None = turn.status
     with contextlib.suppress(TimeoutError):

@@ -19,7 +19,7 @@ from app.store.turns import Ended, RaiseFence, add_segment, cancel, end, read_st
 
 KEEP_KEYS_SECONDS = 24 * 3600
 ANSWERED_SECONDS = 15
-"""SDKs wait 8 s at most before they try again: a response that ended earlier was answered, and is not asked for again."""
+"""SDKs wait 8 s at most before they try again: a response that ended earlier than that was answered."""
 
 RETRY_SECONDS = 600
 """A request that says it is a retry is one of the session's newest turn, if that is no older and was the same."""

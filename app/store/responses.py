@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, bindparam, func, literal, select, text, 
 
 from app.domain.errors import InvalidRequest, NotFound
 from app.domain.events import START, EventId, EventKind
+from app.domain.responses.steps import output
 from app.domain.turns import ENDED, TurnKind, TurnStatus
 from app.store.tables import event_segments, sessions, turns
 from app.store.turns import read_steps, segments_after
@@ -132,6 +133,14 @@ def response_chain(connection: Connection, last: str) -> list[tuple[dict[str, An
     rows = connection.execute(_CHAIN, {"last": last}).all()
     steps = read_steps(connection, [row.turn_id for row in rows])
     return [(row.request, steps[row.turn_id]) for row in rows]
+
+
+def input_items(connection: Connection, owner: str, turn_id: str) -> list[dict[str, Any]]:
+    """In order: what the predecessors of a response were given and said, and its own input. Raises NotFound."""
+    get_response(connection, owner, turn_id)
+    *before, (own, _) = response_chain(connection, turn_id)
+    earlier = [item for request, steps in before for item in (*request["input"], *output(steps))]
+    return earlier + own["input"]
 
 
 def segment_end_before(connection: Connection, turn_id: str, n: int) -> EventId:

@@ -184,7 +184,9 @@ def _message(item: Item) -> Message:
         return {"role": role, "content": content}
     if role == "assistant":
         return {"role": role, "content": "".join(part.get("text") or part.get("refusal") or "" for part in content)}
-    return {"role": role, "content": [_content_part(part) for part in content]}
+    parts = [_content_part(part) for part in content]
+    # One text as such: not every model server's template takes a list, for the system's message above all.
+    return {"role": role, "content": parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts}
 
 
 def _content_part(part: Mapping[str, Any]) -> Message:

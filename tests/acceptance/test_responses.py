@@ -1,0 +1,386 @@
+"""Responses through the openai SDK, unmodified: each is a turn of the same engine as an agent's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.acceptance.conftest import Caravan
+from tests.support.mcp_server import McpServer
+from tests.support.scripted_model import ScriptedModel
+
+MODEL = "scripted"
+FUNCTION: Any = {
+    "type": "function",
+    "name": "temperature",
+    "description": "How warm it is",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": False,
+}
+
+
+@pytest.fixture
+def sdk(caravan: Caravan) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{caravan.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_a_response_whole(sdk: OpenAI, model: ScriptedModel) -> None:
+    """Not streamed: the answer is the whole response, and GET gives the same."""
+    response = sdk.responses.create(model=MODEL, input="SAY hello world", instructions="Be brief.")
+    assert response.status == "completed"
+    assert response.output_text == "hello world "
+    assert response.usage is not None
+    assert response.usage.output_tokens == 2
+    assert sdk.responses.retrieve(response.id) == response
+
+
+def test_a_response_streamed(sdk: OpenAI, model: ScriptedModel) -> None:
+    """OpenAI's events in OpenAI's order, numbered from 0 without a gap; the replay is the same."""
+    seen = list(sdk.responses.create(model=MODEL, input="SAY hello world", stream=True))
+    assert [event.type.removeprefix("response.") for event in seen] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    assert seen[-1].response.output_text == "hello world "
+    assert list(sdk.responses.retrieve(seen[0].response.id, stream=True)) == seen
+
+
+def test_the_stream_helper(sdk: OpenAI, model: ScriptedModel) -> None:
+    """The SDK's own accumulator of events comes to the same response."""
+    with sdk.responses.stream(
+        model=MODEL, input='PART I will ask. | CALL temperature {"city": "Athens"}', tools=[FUNCTION]
+    ) as stream:
+        final = stream.get_final_response()
+    assert [item.type for item in final.output] == ["message", "function_call"]
+    assert final.output[1].arguments == '{"city": "Athens"}'  # type: ignore[union-attr]
+
+
+def test_a_function_of_the_clients(sdk: OpenAI, model: ScriptedModel) -> None:
+    """The response ends with the calls; the next one brings their outputs, and the model sees both."""
+    script = 'CALL temperature {"city": "Athens"} & CALL temperature {"city": "Oslo"} | HISTORY'
+    asked = sdk.responses.create(model=MODEL, input=script, tools=[FUNCTION])
+    assert [item.type for item in asked.output] == ["function_call", "function_call"]
+    calls: Any = asked.output
+    outputs: Any = [
+        {"type": "function_call_output", "call_id": call.call_id, "output": str(degrees)}
+        for call, degrees in zip(calls, (30, 5), strict=True)
+    ]
+    answer = sdk.responses.create(model=MODEL, input=outputs, previous_response_id=asked.id, tools=[FUNCTION])
+    told = json.loads(answer.output_text)
+    assert [message["role"] for message in told] == ["user", "assistant", "tool", "tool"]
+    assert [call["function"]["name"] for call in told[1]["tool_calls"]] == ["temperature", "temperature"]
+    assert [message["content"] for message in told[2:]] == ["30", "5"]
+    assert answer.previous_response_id == asked.id
+
+
+def test_a_chain_goes_on(sdk: OpenAI, model: ScriptedModel) -> None:
+    """Each response has all that its predecessors were given and said; instructions are not handed down."""
+    first = sdk.responses.create(model=MODEL, input="SAY one", instructions="Be brief.")
+    second = sdk.responses.create(model=MODEL, input="SAY two", previous_response_id=first.id)
+    third = sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=second.id)
+    told = [(message["role"], _text(message["content"])) for message in json.loads(third.output_text)]
+    assert told == [
+        ("user", "SAY one"),
+        ("assistant", "one "),
+        ("user", "SAY two"),
+        ("assistant", "two "),
+        ("user", "HISTORY"),
+    ]
+    items = list(sdk.responses.input_items.list(third.id, order="asc"))
+    assert [item.type for item in items] == ["message"] * 5
+    page = sdk.responses.input_items.list(third.id, limit=2)
+    assert [item.id for item in page.data] == [items[4].id, items[3].id]
+    assert page.has_more
+    assert len(list(sdk.responses.input_items.list(third.id, limit=2))) == 5
+
+
+def test_a_deleted_response_is_still_what_a_later_one_goes_on_from(
+    sdk: OpenAI, caravan: Caravan, model: ScriptedModel
+) -> None:
+    first = sdk.responses.create(model=MODEL, input="SAY one")
+    second = sdk.responses.create(model=MODEL, input="SAY two", previous_response_id=first.id)
+    sdk.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError, match="not found"):
+        sdk.responses.create(model=MODEL, input="SAY more", previous_response_id=first.id)
+    third = sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=second.id)
+    assert len(json.loads(third.output_text)) == 5
+
+
+def test_a_conversation_grows(sdk: OpenAI, model: ScriptedModel) -> None:
+    """Input and output are added to it once the response has ended; one that fails adds nothing."""
+    conversation = sdk.conversations.create(metadata={"topic": "tests"})
+    sdk.responses.create(model=MODEL, input="SAY one", conversation=conversation.id)
+    with pytest.raises(openai.APIStatusError):
+        sdk.responses.create(model=MODEL, input="ERR 400", conversation=conversation.id)
+    answer = sdk.responses.create(model=MODEL, input="HISTORY", conversation={"id": conversation.id})
+    assert [message["role"] for message in json.loads(answer.output_text)] == ["user", "assistant", "user"]
+    items: Any = sdk.conversations.items.list(conversation.id, order="asc").data
+    assert [(item.role, item.content[0].text) for item in items][:3] == [
+        ("user", "SAY one"),
+        ("assistant", "one "),
+        ("user", "HISTORY"),
+    ]
+    assert answer.conversation is not None
+    assert answer.conversation.id == conversation.id
+
+
+def test_mcp_tools(sdk: OpenAI, model: ScriptedModel) -> None:
+    """The server's tools are listed and called by the worker, in OpenAI's events; the next response knows of it."""
+    with McpServer() as mcp:
+        tool: Any = {"type": "mcp", "server_label": "calc", "server_url": mcp.url, "allowed_tools": ["add", "fail"]}
+        script = 'CALL add {"a": 1, "b": 2} | CALL fail {"message": "no"} | TOOLS'
+        seen = list(sdk.responses.create(model=MODEL, input=script, tools=[tool], stream=True))
+        types = [event.type.removeprefix("response.") for event in seen]
+        assert types[2:5] == ["output_item.added", "mcp_list_tools.in_progress", "mcp_list_tools.completed"]
+        assert "mcp_call_arguments.delta" in types
+        assert [each for each in types if each.startswith("mcp_call.")] == [
+            "mcp_call.in_progress",
+            "mcp_call.completed",
+            "mcp_call.in_progress",
+            "mcp_call.failed",
+        ]
+        final: Any = seen[-1]
+        output = final.response.output
+        assert [item.type for item in output] == ["mcp_list_tools", "mcp_call", "mcp_call", "message"]
+        assert output[1].output == "3"
+        assert "no" in output[2].error
+        assert final.response.output_text == "add,fail"
+        after = sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=final.response.id)
+        told = json.loads(after.output_text)
+        assert [message["role"] for message in told] == [
+            "user",
+            "assistant",
+            "tool",
+            "assistant",
+            "tool",
+            "assistant",
+            "user",
+        ]
+        keys = [call["_meta"]["caravan/idempotencyKey"] for call in mcp.calls()]
+        assert len(set(keys)) == 2
+
+
+def test_an_mcp_call_that_needs_approval(sdk: OpenAI, model: ScriptedModel) -> None:
+    """It is asked for, and made by the next response if that approves it; else the model hears of the refusal."""
+    with McpServer() as mcp:
+        tool: Any = {
+            "type": "mcp",
+            "server_label": "calc",
+            "server_url": mcp.url,
+            "require_approval": {"always": {"tool_names": ["count"]}},
+        }
+        asked: Any = sdk.responses.create(model=MODEL, input='CALL count {"key": "k"}', tools=[tool])
+        request = asked.output[-1]
+        assert request.type == "mcp_approval_request"
+        assert mcp.counts() == {}
+        yes: Any = [{"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+        made: Any = sdk.responses.create(model=MODEL, input=yes, previous_response_id=asked.id, tools=[tool])
+        assert mcp.counts() == {"k": 1}
+        assert [item.type for item in made.output] == ["mcp_list_tools", "mcp_call", "message"]
+        assert made.output_text == "The tool said: 1 "
+        no: Any = [
+            {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": False, "reason": "Why?"}
+        ]
+        denied = sdk.responses.create(model=MODEL, input=no, previous_response_id=asked.id, tools=[tool])
+        assert mcp.counts() == {"k": 1}
+        assert "not approved" in denied.output_text
+        assert "Why?" in denied.output_text
+
+
+def test_an_mcp_server_that_is_down(sdk: OpenAI, model: ScriptedModel) -> None:
+    tool: Any = {"type": "mcp", "server_label": "gone", "server_url": "http://127.0.0.1:1/mcp"}
+    with pytest.raises(openai.BadRequestError, match="MCP server gone cannot be used"):
+        sdk.responses.create(model=MODEL, input="SAY hi", tools=[tool])
+
+
+def test_what_the_model_is_asked(sdk: OpenAI, model: ScriptedModel) -> None:
+    """Each parameter reaches the model server, in its spelling, and is told again with the response."""
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    response = sdk.responses.create(
+        model=MODEL,
+        input=[
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "input_text", "text": "SAY hi"}]},
+        ],
+        tools=[FUNCTION],
+        tool_choice={"type": "function", "name": "temperature"},
+        parallel_tool_calls=False,
+        max_output_tokens=50,
+        temperature=0.5,
+        top_p=0.9,
+        reasoning={"effort": "low"},
+        text={
+            "format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True},
+            "verbosity": "low",
+        },
+        user="alice",
+        metadata={"team": "tests"},
+    )
+    asked = model.requests()[-1]["body"]
+    assert asked["messages"][0] == {"role": "developer", "content": "Be kind."}
+    assert asked["tool_choice"] == {"type": "function", "function": {"name": "temperature"}}
+    assert asked["parallel_tool_calls"] is False
+    assert (asked["max_tokens"], asked["temperature"], asked["top_p"]) == (50, 0.5, 0.9)
+    assert asked["reasoning_effort"] == "low"
+    assert asked["response_format"]["json_schema"]["schema"] == schema
+    assert asked["user"] == "alice"
+    assert response.metadata == {"team": "tests"}
+    assert response.max_output_tokens == 50
+    assert response.text is not None
+    assert response.text.format is not None
+    assert response.text.format.type == "json_schema"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"truncation": "auto"}, "truncation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ({"tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search", "user_location": {"type": "approximate"}}]}, "tools[0].user_location"),
+        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"input": [{"type": "computer_call"}]}, "input[0].type"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+            "input[0].content[0].type",
+        ),
+        ({"input": None}, "input"),
+        ({"background": True, "store": False}, "background"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"guardrails": ["llama-guard"]}, "guardrails"),
+        ({"no_such_thing": 1}, "no_such_thing"),
+        ({"previous_response_id": "resp_0"}, "previous_response_id"),
+        ({"model": ""}, "model"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(
+    sdk: OpenAI, model: ScriptedModel, fields: dict[str, Any], param: str
+) -> None:
+    """In OpenAI's shape, and before anything is stored."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.post("/responses", body={"model": MODEL, "input": "SAY hi", **fields}, cast_to=object)
+    error: Any = refused.value.body
+    assert error["param"] == param
+    assert error["message"]
+
+
+def test_the_model_fails(sdk: OpenAI, model: ScriptedModel) -> None:
+    """Streamed, the response ends as failed. Whole, it is an error of the model's own status that no SDK repeats."""
+    *_, last = sdk.responses.create(model=MODEL, input="PART half | ERR 500 broken", stream=True)
+    assert last.type == "response.failed"
+    assert last.response.error is not None
+    assert "broken" in last.response.error.message
+    assert sdk.responses.retrieve(last.response.id).status == "failed"
+    with pytest.raises(openai.APIStatusError) as failed:
+        sdk.responses.create(model=MODEL, input="ERR 400 bad words")
+    assert failed.value.status_code == 400
+    assert "bad words" in str(failed.value)
+    with pytest.raises(openai.APIStatusError) as failed:
+        sdk.responses.create(model=MODEL, input="ERR 500 broken")
+    assert failed.value.status_code == 424
+
+
+def test_tokens_or_iterations_run_out(sdk: OpenAI, model: ScriptedModel) -> None:
+    cut = sdk.responses.create(model=MODEL, input="LENGTH one two")
+    assert (cut.status, cut.incomplete_details and cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    with McpServer() as mcp:
+        tool: Any = {"type": "mcp", "server_label": "calc", "server_url": mcp.url}
+        script = 'CALL add {"a": 1, "b": 2} | CALL add {"a": 2, "b": 2} | SAY done'
+        often = sdk.responses.create(model=MODEL, input=script, tools=[tool], extra_body={"max_infer_iters": 1})
+        assert often.status == "incomplete"
+        assert len(mcp.calls()) == 1
+        limited: Any = sdk.responses.create(model=MODEL, input=script, tools=[tool], max_tool_calls=1)
+        assert limited.status == "completed"
+        assert len(mcp.calls()) == 2
+        assert "max_tool_calls" in limited.output[2].error
+
+
+def test_in_the_background(sdk: OpenAI, caravan: Caravan, model: ScriptedModel) -> None:
+    """Answered at once, followed by GET, resumed from any event on its way, and cancelled, twice."""
+    queued = sdk.responses.create(model=MODEL, input="PART one two | HOLD gate | SAY three", background=True)
+    assert queued.status == "queued"
+    assert queued.background
+    model.wait_held("gate")
+    assert sdk.responses.retrieve(queued.id).status == "in_progress"
+    model.release("gate")
+    seen = list(sdk.responses.retrieve(queued.id, stream=True))
+    assert [event.type for event in seen[:3]] == ["response.created", "response.queued", "response.in_progress"]
+    assert seen[-1].type == "response.completed"
+    for after in (0, 3, len(seen) - 2):
+        rest = list(sdk.responses.retrieve(queued.id, stream=True, starting_after=after))
+        assert rest == seen[after + 1 :]
+    with pytest.raises(openai.BadRequestError, match="starting_after"):
+        sdk.responses.retrieve(queued.id, stream=True, starting_after=len(seen))
+
+    stream = sdk.responses.create(model=MODEL, input="PART more | HANG", background=True, stream=True)
+    first = next(stream)
+    assert first.type == "response.created"
+    cancelled = sdk.responses.cancel(first.response.id)
+    assert cancelled.status == "cancelled"
+    assert sdk.responses.cancel(first.response.id).status == "cancelled"
+    *_, last = stream
+    assert (last.type, last.response.status) == ("response.failed", "cancelled")
+    assert sdk.responses.cancel(queued.id).status == "completed"
+
+
+def test_what_is_not_stored_is_shown_to_nobody(sdk: OpenAI, model: ScriptedModel) -> None:
+    response = sdk.responses.create(model=MODEL, input="SAY secret", store=False)
+    assert response.output_text == "secret "
+    assert response.store is False  # type: ignore[attr-defined]
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.retrieve(response.id)
+    with pytest.raises(openai.BadRequestError):
+        sdk.responses.create(model=MODEL, input="SAY more", previous_response_id=response.id)
+
+
+def test_asked_twice(caravan: Caravan, model: ScriptedModel) -> None:
+    """An Idempotency-Key, or a retry that an SDK announces, leads to the response that is there."""
+    with httpx.Client(base_url=caravan.url, timeout=30) as http:
+        body = {"model": MODEL, "input": "SAY once"}
+        given = [http.post("/v1/responses", json=body, headers={"Idempotency-Key": "one"}).json()["id"] for _ in "ab"]
+        assert given[0] == given[1]
+        again = http.post("/v1/responses", json=body, headers={"x-stainless-retry-count": "1"}).json()["id"]
+        assert again == given[0]
+        assert http.post("/v1/responses", json=body).json()["id"] != given[0]
+        other = {"model": MODEL, "input": "SAY other"}
+        assert http.post("/v1/responses", json=other, headers={"Idempotency-Key": "one"}).status_code == 422
+
+
+def test_lists(sdk: OpenAI, caravan: Caravan, model: ScriptedModel) -> None:
+    """Newest first, with their input, in pages, of one model if asked."""
+    made = [sdk.responses.create(model="second-model", input=f"SAY {word}").id for word in ("a", "b", "c")]
+    with httpx.Client(base_url=f"{caravan.url}/v1") as http:
+        page = http.get("/responses", params={"model": "second-model", "limit": 2}).json()
+        assert [row["id"] for row in page["data"]] == made[:0:-1]
+        assert page["data"][0]["input"][0]["content"][0]["text"] == "SAY c"
+        assert page["has_more"]
+        more = http.get("/responses", params={"model": "second-model", "after": page["last_id"], "limit": 1}).json()
+        assert [row["id"] for row in more["data"]] == made[:1]
+        assert http.get("/responses", params={"after": "resp_0"}).status_code == 404
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
