@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from llama_stack.apis.conversations import Conversation, ConversationDeletedResource, ConversationItemList
-from pydantic import BaseModel, Field
+from llama_stack.apis.conversations import Conversation, ConversationDeletedResource
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.agents import end_all
 from app.api.errors import answers
@@ -34,6 +34,25 @@ async def _session(conversation_id: Annotated[str, Path()]) -> str:
 
 SessionId = Annotated[str, Depends(_session)]
 Include = Annotated[list[str], Depends(includes)]
+
+
+class AnyItem(BaseModel):
+    """An item of OpenAI's Responses: a message, a call of a tool or its output, a reasoning (see `type`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    type: str
+
+
+class ItemList(BaseModel):
+    """One page of items."""
+
+    object: Literal["list"]
+    data: list[AnyItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class CreateConversation(BaseModel):
@@ -81,7 +100,7 @@ async def delete_conversation(session_id: SessionId, service: CurrentService, ow
     return {"id": items.conversation_id(session_id), "object": "conversation.deleted", "deleted": True}
 
 
-@router.post("/conversations/{conversation_id}/items", **answers(ConversationItemList))
+@router.post("/conversations/{conversation_id}/items", **answers(ItemList))
 async def create_items(
     session_id: SessionId, body: CreateItems, include: Include, service: CurrentService, owner: Owner
 ) -> JSON:
@@ -91,7 +110,7 @@ async def create_items(
     return _page(added, False)
 
 
-@router.get("/conversations/{conversation_id}/items", **answers(ConversationItemList))
+@router.get("/conversations/{conversation_id}/items", **answers(ItemList))
 async def list_items(
     session_id: SessionId,
     include: Include,
@@ -108,7 +127,7 @@ async def list_items(
     return _page(found, has_more)
 
 
-@router.get("/conversations/{conversation_id}/items/{item_id}", **answers(ConversationItemList))
+@router.get("/conversations/{conversation_id}/items/{item_id}", **answers(AnyItem))
 async def get_item(
     session_id: SessionId, item_id: str, include: Include, service: CurrentService, owner: Owner
 ) -> JSON:
