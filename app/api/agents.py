@@ -21,7 +21,7 @@ from app.store.agents import AgentRow
 
 router = APIRouter(tags=["Agents"])
 
-DELETED = TurnFailure("deleted", "The agent or session of this turn was deleted.")
+DELETED = TurnFailure("deleted", "The agent, session or conversation of this turn was deleted.")
 PageStart = Annotated[int, Query(ge=0, le=2**31 - 1)]
 PageLimit = Annotated[int, Query(ge=1, le=1000)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from fastapi import Request
 from llama_stack.apis.agents import AgentConfig
+from openai.types.responses import ResponseIncludable
 from pydantic import BaseModel
 
 from app.domain.errors import InvalidRequest
@@ -35,3 +37,17 @@ def check_text(field: str, text: str) -> None:
     """Raises InvalidRequest: Postgres stores no U+0000 in a name."""
     if "\0" in text:
         raise InvalidRequest(f"{field}: must not contain the character U+0000")
+
+
+async def includes(request: Request) -> list[str]:
+    """What `include` in the query asks for, however an SDK spells a list: repeated, with brackets, with commas.
+
+    Items are stored whole, so that there is never anything to add. Raises InvalidRequest: there is no such value.
+    """
+    query = request.query_params
+    asked = [part for name in ("include", "include[]") for given in query.getlist(name) for part in given.split(",")]
+    known = get_args(ResponseIncludable)
+    for value in asked:
+        if value not in known:
+            raise InvalidRequest(f"include: '{value}' is not supported; there are {', '.join(known)}")
+    return asked

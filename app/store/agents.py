@@ -87,7 +87,7 @@ def mark_agent_deleted(connection: Connection, owner: str, agent_id: str) -> lis
     hidden = update(sessions).where(sessions.c.agent_id == agent_id, sessions.c.deleted_at.is_(None))
     connection.execute(hidden.values(deleted_at=func.clock_timestamp()))
     of_agent = select(sessions.c.session_id).where(sessions.c.agent_id == agent_id)
-    return _ask_to_end(connection, turns.c.session_id.in_(of_agent))
+    return ask_to_end(connection, turns.c.session_id.in_(of_agent))
 
 
 def mark_session_deleted(connection: Connection, owner: str, agent_id: str, session_id: str) -> list[str]:
@@ -95,27 +95,47 @@ def mark_session_deleted(connection: Connection, owner: str, agent_id: str, sess
     get_session(connection, owner, agent_id, session_id)
     marked = update(sessions).where(sessions.c.session_id == session_id)
     connection.execute(marked.values(deleted_at=func.clock_timestamp()))
-    return _ask_to_end(connection, turns.c.session_id == session_id)
+    return ask_to_end(connection, turns.c.session_id == session_id)
 
 
-def _ask_to_end(connection: Connection, which: ColumnElement[bool]) -> list[str]:
+def ask_to_end(connection: Connection, which: ColumnElement[bool]) -> list[str]:
     """Asks for the end of unfinished turns, whoever will see to it: their workers, or upkeep."""
     unfinished = update(turns).where(which, text(UNFINISHED_SQL))
     asked = unfinished.values(cancel_requested_at=func.clock_timestamp()).returning(turns.c.turn_id, turns.c.number)
     return [row.turn_id for row in sorted(connection.execute(asked), key=lambda row: row.number)]
 
 
+def is_continued() -> ColumnElement[bool]:
+    """Whether a turn of another session goes on from one of this session, whose content it needs.
+
+    Also if that one is deleted: it is there as long as others go on from it.
+    """
+    of_session, later = turns.alias(), turns.alias()
+    return exists().where(
+        of_session.c.session_id == sessions.c.session_id,
+        later.c.previous_turn_id == of_session.c.turn_id,
+        later.c.session_id != of_session.c.session_id,
+    )
+
+
 def purge_deleted(connection: Connection, grace_seconds: float, limit: int) -> int:
-    """Deletes the rows of sessions and agents marked deleted `grace_seconds` ago, once nothing is unfinished there."""
+    """Deletes the rows of sessions and agents marked deleted `grace_seconds` ago, once nothing is unfinished there and
+    no other session's turn goes on from theirs."""
     old = func.clock_timestamp() - seconds(grace_seconds)
-    running = exists().where(and_(turns.c.session_id == sessions.c.session_id, text(UNFINISHED_SQL)))
-    idle = select(sessions.c.session_id).where(sessions.c.deleted_at < old, not_(running))
-    gone = delete(sessions).where(sessions.c.session_id.in_(idle.limit(limit).with_for_update(skip_locked=True)))
-    purged = connection.execute(gone).rowcount
+    purged = 0
+    while purged < limit and (gone := _purge_sessions(connection, old, limit - purged)):
+        purged += gone  # what these went on from may go now
     left = exists().where(sessions.c.agent_id == agents.c.agent_id)
     empty = select(agents.c.agent_id).where(agents.c.deleted_at < old, not_(left))
-    gone = delete(agents).where(agents.c.agent_id.in_(empty.limit(limit).with_for_update(skip_locked=True)))
-    return purged + connection.execute(gone).rowcount
+    emptied = delete(agents).where(agents.c.agent_id.in_(empty.limit(limit).with_for_update(skip_locked=True)))
+    return purged + connection.execute(emptied).rowcount
+
+
+def _purge_sessions(connection: Connection, old: ColumnElement[Any], limit: int) -> int:
+    running = exists().where(and_(turns.c.session_id == sessions.c.session_id, text(UNFINISHED_SQL)))
+    idle = select(sessions.c.session_id).where(sessions.c.deleted_at < old, not_(running), not_(is_continued()))
+    gone = delete(sessions).where(sessions.c.session_id.in_(idle.limit(limit).with_for_update(skip_locked=True)))
+    return connection.execute(gone).rowcount
 
 
 def _agents(owner: str) -> Any:
