@@ -208,8 +208,8 @@ def _turn_config(claim: Claim) -> AgentConfig:
     config = AgentConfig.model_validate(claim.agent_config)
     override = claim.request.get("tool_config")
     if override:
-        fields = {**(claim.agent_config or {}), "tool_config": override, "tool_choice": None, "tool_prompt_format": None}
-        config = AgentConfig.model_validate(fields)
+        fields = {"tool_config": override, "tool_choice": None, "tool_prompt_format": None}
+        config = AgentConfig.model_validate({**(claim.agent_config or {}), **fields})
     return config
 
 

@@ -15,6 +15,9 @@ from tests.acceptance.conftest import Caravan
 from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
+Sdk = Any
+"""openai.OpenAI: its unions of items and events are no subject of these tests."""
+
 MODEL = "scripted"
 FUNCTION: Any = {
     "type": "function",
@@ -26,12 +29,12 @@ FUNCTION: Any = {
 
 
 @pytest.fixture
-def sdk(caravan: Caravan) -> Iterator[OpenAI]:
+def sdk(caravan: Caravan) -> Iterator[Sdk]:
     with OpenAI(base_url=f"{caravan.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-def test_a_response_whole(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_a_response_whole(sdk: Sdk, model: ScriptedModel) -> None:
     """Not streamed: the answer is the whole response, and GET gives the same."""
     response = sdk.responses.create(model=MODEL, input="SAY hello world", instructions="Be brief.")
     assert response.status == "completed"
@@ -41,7 +44,7 @@ def test_a_response_whole(sdk: OpenAI, model: ScriptedModel) -> None:
     assert sdk.responses.retrieve(response.id) == response
 
 
-def test_a_response_streamed(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_a_response_streamed(sdk: Sdk, model: ScriptedModel) -> None:
     """OpenAI's events in OpenAI's order, numbered from 0 without a gap; the replay is the same."""
     seen = list(sdk.responses.create(model=MODEL, input="SAY hello world", stream=True))
     assert [event.type.removeprefix("response.") for event in seen] == [
@@ -61,17 +64,17 @@ def test_a_response_streamed(sdk: OpenAI, model: ScriptedModel) -> None:
     assert list(sdk.responses.retrieve(seen[0].response.id, stream=True)) == seen
 
 
-def test_the_stream_helper(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_the_stream_helper(sdk: Sdk, model: ScriptedModel) -> None:
     """The SDK's own accumulator of events comes to the same response."""
     with sdk.responses.stream(
         model=MODEL, input='PART I will ask. | CALL temperature {"city": "Athens"}', tools=[FUNCTION]
     ) as stream:
         final = stream.get_final_response()
     assert [item.type for item in final.output] == ["message", "function_call"]
-    assert final.output[1].arguments == '{"city": "Athens"}'  # type: ignore[union-attr]
+    assert final.output[1].arguments == '{"city": "Athens"}'
 
 
-def test_a_function_of_the_clients(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_a_function_of_the_clients(sdk: Sdk, model: ScriptedModel) -> None:
     """The response ends with the calls; the next one brings their outputs, and the model sees both."""
     script = 'CALL temperature {"city": "Athens"} & CALL temperature {"city": "Oslo"} | HISTORY'
     asked = sdk.responses.create(model=MODEL, input=script, tools=[FUNCTION])
@@ -89,7 +92,7 @@ def test_a_function_of_the_clients(sdk: OpenAI, model: ScriptedModel) -> None:
     assert answer.previous_response_id == asked.id
 
 
-def test_a_chain_goes_on(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_a_chain_goes_on(sdk: Sdk, model: ScriptedModel) -> None:
     """Each response has all that its predecessors were given and said; instructions are not handed down."""
     first = sdk.responses.create(model=MODEL, input="SAY one", instructions="Be brief.")
     second = sdk.responses.create(model=MODEL, input="SAY two", previous_response_id=first.id)
@@ -111,7 +114,7 @@ def test_a_chain_goes_on(sdk: OpenAI, model: ScriptedModel) -> None:
 
 
 def test_a_deleted_response_is_still_what_a_later_one_goes_on_from(
-    sdk: OpenAI, caravan: Caravan, model: ScriptedModel
+    sdk: Sdk, caravan: Caravan, model: ScriptedModel
 ) -> None:
     first = sdk.responses.create(model=MODEL, input="SAY one")
     second = sdk.responses.create(model=MODEL, input="SAY two", previous_response_id=first.id)
@@ -124,7 +127,7 @@ def test_a_deleted_response_is_still_what_a_later_one_goes_on_from(
     assert len(json.loads(third.output_text)) == 5
 
 
-def test_a_conversation_grows(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_a_conversation_grows(sdk: Sdk, model: ScriptedModel) -> None:
     """Input and output are added to it once the response has ended; one that fails adds nothing."""
     conversation = sdk.conversations.create(metadata={"topic": "tests"})
     sdk.responses.create(model=MODEL, input="SAY one", conversation=conversation.id)
@@ -142,7 +145,7 @@ def test_a_conversation_grows(sdk: OpenAI, model: ScriptedModel) -> None:
     assert answer.conversation.id == conversation.id
 
 
-def test_mcp_tools(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_mcp_tools(sdk: Sdk, model: ScriptedModel) -> None:
     """The server's tools are listed and called by the worker, in OpenAI's events; the next response knows of it."""
     with McpServer() as mcp:
         tool: Any = {"type": "mcp", "server_label": "calc", "server_url": mcp.url, "allowed_tools": ["add", "fail"]}
@@ -178,7 +181,7 @@ def test_mcp_tools(sdk: OpenAI, model: ScriptedModel) -> None:
         assert len(set(keys)) == 2
 
 
-def test_an_mcp_call_that_needs_approval(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_an_mcp_call_that_needs_approval(sdk: Sdk, model: ScriptedModel) -> None:
     """It is asked for, and made by the next response if that approves it; else the model hears of the refusal."""
     with McpServer() as mcp:
         tool: Any = {
@@ -205,13 +208,13 @@ def test_an_mcp_call_that_needs_approval(sdk: OpenAI, model: ScriptedModel) -> N
         assert "Why?" in denied.output_text
 
 
-def test_an_mcp_server_that_is_down(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_an_mcp_server_that_is_down(sdk: Sdk, model: ScriptedModel) -> None:
     tool: Any = {"type": "mcp", "server_label": "gone", "server_url": "http://127.0.0.1:1/mcp"}
     with pytest.raises(openai.BadRequestError, match="MCP server gone cannot be used"):
         sdk.responses.create(model=MODEL, input="SAY hi", tools=[tool])
 
 
-def test_what_the_model_is_asked(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_what_the_model_is_asked(sdk: Sdk, model: ScriptedModel) -> None:
     """Each parameter reaches the model server, in its spelling, and is told again with the response."""
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     response = sdk.responses.create(
@@ -277,7 +280,7 @@ def test_what_the_model_is_asked(sdk: OpenAI, model: ScriptedModel) -> None:
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(
-    sdk: OpenAI, model: ScriptedModel, fields: dict[str, Any], param: str
+    sdk: Sdk, model: ScriptedModel, fields: dict[str, Any], param: str
 ) -> None:
     """In OpenAI's shape, and before anything is stored."""
     with pytest.raises(openai.BadRequestError) as refused:
@@ -287,7 +290,7 @@ def test_what_is_not_honoured_is_refused_by_name(
     assert error["message"]
 
 
-def test_the_model_fails(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_the_model_fails(sdk: Sdk, model: ScriptedModel) -> None:
     """Streamed, the response ends as failed. Whole, it is an error of the model's own status that no SDK repeats."""
     *_, last = sdk.responses.create(model=MODEL, input="PART half | ERR 500 broken", stream=True)
     assert last.type == "response.failed"
@@ -303,7 +306,7 @@ def test_the_model_fails(sdk: OpenAI, model: ScriptedModel) -> None:
     assert failed.value.status_code == 424
 
 
-def test_tokens_or_iterations_run_out(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_tokens_or_iterations_run_out(sdk: Sdk, model: ScriptedModel) -> None:
     cut = sdk.responses.create(model=MODEL, input="LENGTH one two")
     assert (cut.status, cut.incomplete_details and cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     with McpServer() as mcp:
@@ -318,7 +321,7 @@ def test_tokens_or_iterations_run_out(sdk: OpenAI, model: ScriptedModel) -> None
         assert "max_tool_calls" in limited.output[2].error
 
 
-def test_in_the_background(sdk: OpenAI, caravan: Caravan, model: ScriptedModel) -> None:
+def test_in_the_background(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
     """Answered at once, followed by GET, resumed from any event on its way, and cancelled, twice."""
     queued = sdk.responses.create(model=MODEL, input="PART one two | HOLD gate | SAY three", background=True)
     assert queued.status == "queued"
@@ -346,10 +349,10 @@ def test_in_the_background(sdk: OpenAI, caravan: Caravan, model: ScriptedModel) 
     assert sdk.responses.cancel(queued.id).status == "completed"
 
 
-def test_what_is_not_stored_is_shown_to_nobody(sdk: OpenAI, model: ScriptedModel) -> None:
+def test_what_is_not_stored_is_shown_to_nobody(sdk: Sdk, model: ScriptedModel) -> None:
     response = sdk.responses.create(model=MODEL, input="SAY secret", store=False)
     assert response.output_text == "secret "
-    assert response.store is False  # type: ignore[attr-defined]
+    assert response.store is False
     with pytest.raises(openai.NotFoundError):
         sdk.responses.retrieve(response.id)
     with pytest.raises(openai.BadRequestError):
@@ -369,7 +372,7 @@ def test_asked_twice(caravan: Caravan, model: ScriptedModel) -> None:
         assert http.post("/v1/responses", json=other, headers={"Idempotency-Key": "one"}).status_code == 422
 
 
-def test_lists(sdk: OpenAI, caravan: Caravan, model: ScriptedModel) -> None:
+def test_lists(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
     """Newest first, with their input, in pages, of one model if asked."""
     made = [sdk.responses.create(model="second-model", input=f"SAY {word}").id for word in ("a", "b", "c")]
     with httpx.Client(base_url=f"{caravan.url}/v1") as http:

@@ -108,6 +108,7 @@ def test_a_claim_brings_all_that_is_needed_to_go_on(seeds: Seeds) -> None:
     seeds.record(second, result=(0, 1, {"content": "3"}))
     seeds.lose_worker(second)
     again = seeds.claimed(second.turn_id)
+    assert again.agent_config
     assert again.agent_config["instructions"] == "Be brief."
     assert again.request["messages"] == [{"role": "user", "content": "two"}]
     assert again.steps == [mine]

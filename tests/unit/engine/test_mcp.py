@@ -14,7 +14,7 @@ from llama_stack.providers.utils.tools.mcp import invoke_mcp_tool
 from mcp import McpError
 
 from tasks.engine import mcp
-from tasks.engine.mcp import IDEMPOTENCY_KEY, STOP_SECONDS, call_tool, list_tools
+from tasks.engine.mcp import IDEMPOTENCY_KEY, STOP_SECONDS, Server, call_tool, list_tools
 from tests.support import wait_until
 from tests.support.mcp_server import PICTURE, McpServer
 
@@ -33,7 +33,7 @@ def server(running: McpServer) -> McpServer:
 
 async def test_tools_are_listed_with_their_annotations(server: McpServer) -> None:
     """llama_stack's listing drops them."""
-    tools = {tool.name: tool for tool in await list_tools(server.url)}
+    tools = {tool.name: tool for tool in await list_tools(Server(server.url))}
     assert tools["add"].description == "Adds two numbers."
     assert tools["look"].annotations
     assert tools["look"].annotations.readOnlyHint
@@ -54,13 +54,13 @@ async def test_tools_are_listed_with_their_annotations(server: McpServer) -> Non
 async def test_results_are_those_of_llama_stack(server: McpServer, name: str, arguments: dict[str, Any]) -> None:
     """Content, and whether it is an error."""
     theirs = await invoke_mcp_tool(server.url, {}, name, arguments)
-    ours = await call_tool(server.url, name, arguments, "key")
+    ours = await call_tool(Server(server.url), name, arguments, "key")
     assert ours == theirs
 
 
 async def test_a_picture_is_an_image(server: McpServer) -> None:
     """llama_stack fails with a validation error of its own."""
-    result = await call_tool(server.url, "picture", {}, "key")
+    result = await call_tool(Server(server.url), "picture", {}, "key")
     assert [item.model_dump(exclude_none=True) for item in result.content] == [
         {"type": "text", "text": "a picture"},
         {"type": "image", "image": {"data": PICTURE}},
@@ -69,14 +69,14 @@ async def test_a_picture_is_an_image(server: McpServer) -> None:
 
 async def test_a_call_carries_its_key(server: McpServer) -> None:
     """In `_meta`, where the tool's arguments do not meet it."""
-    await call_tool(server.url, "count", {"key": "a"}, "turn:0:1")
+    await call_tool(Server(server.url), "count", {"key": "a"}, "turn:0:1")
     [call] = server.calls()
     assert (call["arguments"], call["_meta"][IDEMPOTENCY_KEY]) == ({"key": "a"}, "turn:0:1")
 
 
 async def test_a_cancelled_call_is_cancelled_in_the_server(server: McpServer) -> None:
     """It is told; that a connection breaks would not stop it."""
-    call = asyncio.create_task(call_tool(server.url, "order", {"key": "a", "hold": "gate"}, "key"))
+    call = asyncio.create_task(call_tool(Server(server.url), "order", {"key": "a", "hold": "gate"}, "key"))
     await asyncio.to_thread(server.wait_held, "gate")
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -90,7 +90,7 @@ async def test_a_server_that_dies_in_a_call_is_an_error(
 ) -> None:
     """Long before the tool's time is over, also if a new server is there that knows nothing of the call."""
     monkeypatch.setattr(mcp, "WATCH_SECONDS", 0.2)
-    call = asyncio.create_task(call_tool(server.url, "order", {"key": "a", "hold": "gate"}, "key"))
+    call = asyncio.create_task(call_tool(Server(server.url), "order", {"key": "a", "hold": "gate"}, "key"))
     await asyncio.to_thread(server.wait_held, "gate")
     server.kill()
     try:
@@ -107,13 +107,13 @@ async def test_a_server_that_dies_in_a_call_is_an_error(
 async def test_a_slow_call_is_not_given_up(server: McpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the server is asked whether it is there."""
     monkeypatch.setattr(mcp, "WATCH_SECONDS", 0.05)
-    result = await call_tool(server.url, "slow", {"seconds": 0.5, "text": "late"}, "key")
+    result = await call_tool(Server(server.url), "slow", {"seconds": 0.5, "text": "late"}, "key")
     assert [item.text for item in result.content] == ["late"]
 
 
 async def test_a_server_that_hangs_does_not_hold_up_a_cancellation(server: McpServer) -> None:
     """Whoever cancels waits for a moment; what the server does not hear is given up later."""
-    call = asyncio.create_task(call_tool(server.url, "order", {"key": "a", "hold": "gate"}, "key"))
+    call = asyncio.create_task(call_tool(Server(server.url), "order", {"key": "a", "hold": "gate"}, "key"))
     await asyncio.to_thread(server.wait_held, "gate")
     assert server.pid
     os.kill(server.pid, signal.SIGSTOP)
@@ -131,11 +131,11 @@ async def test_a_server_that_hangs_does_not_hold_up_a_cancellation(server: McpSe
 async def test_a_server_that_cannot_be_reached_is_an_error(url: str) -> None:
     """Its words do not show the URL, which may hold a secret."""
     with pytest.raises((ConnectionError, ValueError), match="MCP") as raised:
-        await list_tools(url)
+        await list_tools(Server(url))
     assert "secret" not in str(raised.value)
 
 
 async def test_a_server_that_is_none_is_an_error(server: McpServer) -> None:
     """The status of its first answer is named."""
     with pytest.raises(Exception, match=r"status 40|Session terminated"):
-        await list_tools(server.url + "/nowhere")
+        await list_tools(Server(server.url + "/nowhere"))
