@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from app.api import agents, errors, sessions, turns
+from app.api import agents, conversations, errors, sessions, turns
 from app.api.service import Service, StoreRecords
 from app.api.shutdown import GracefulStop, Requests
 from app.dispatch import Doorbell
@@ -77,6 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
                 include_in_schema=prefix == "/v1alpha",
                 max_body_size=settings.request_max_bytes,
             )
+    app.include_router(conversations.router, prefix="/v1", max_body_size=settings.request_max_bytes)
     errors.install(app, settings.request_max_bytes)
     app.add_middleware(Identification, keys=Keys(settings.api_keys))
     app.add_middleware(Requests, stop=stop)
