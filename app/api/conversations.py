@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.responses import JSONResponse
 from llama_stack.apis.conversations import Conversation, ConversationDeletedResource
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -103,7 +104,7 @@ async def delete_conversation(session_id: SessionId, service: CurrentService, ow
 @router.post("/conversations/{conversation_id}/items", **answers(ItemList))
 async def create_items(
     session_id: SessionId, body: CreateItems, include: Include, service: CurrentService, owner: Owner
-) -> JSON:
+) -> JSONResponse:
     """Add up to 20 items at the end of a conversation. A response that runs there does not see them."""
     added = items.with_ids(items.checked(body.items))
     await service.store.run(conversations.add_items, owner, session_id, added)
@@ -119,10 +120,10 @@ async def list_items(
     after: Annotated[str | None, Query(description="The id of an item: those behind it, in this order")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
-) -> JSON:
+) -> JSONResponse:
     """List the items of a conversation, the newest first unless `order` says otherwise."""
     found, has_more = await service.store.run(
-        conversations.list_items, owner, session_id, after=after, limit=limit, descending=order == "desc"
+        conversations.list_items, owner, session_id, after, limit, descending=order == "desc"
     )
     return _page(found, has_more)
 
@@ -130,9 +131,9 @@ async def list_items(
 @router.get("/conversations/{conversation_id}/items/{item_id}", **answers(AnyItem))
 async def get_item(
     session_id: SessionId, item_id: str, include: Include, service: CurrentService, owner: Owner
-) -> JSON:
+) -> JSONResponse:
     """An item of a conversation."""
-    return await service.store.run(conversations.get_item, owner, session_id, item_id)
+    return JSONResponse(await service.store.run(conversations.get_item, owner, session_id, item_id))
 
 
 @router.delete("/conversations/{conversation_id}/items/{item_id}", **answers(Conversation))
@@ -163,12 +164,7 @@ def _shape(row: ConversationRow) -> JSON:
     }
 
 
-def _page(found: Sequence[Item], has_more: bool) -> JSON:
-    ids = [item["id"] for item in found]
-    return {
-        "object": "list",
-        "data": found,
-        "first_id": ids[0] if ids else None,
-        "last_id": ids[-1] if ids else None,
-        "has_more": has_more,
-    }
+def _page(found: Sequence[Item], has_more: bool) -> JSONResponse:
+    """Not left to FastAPI to encode: it goes through each item once more, and not to every depth."""
+    first, last = (found[0]["id"], found[-1]["id"]) if found else (None, None)
+    return JSONResponse({"object": "list", "data": found, "first_id": first, "last_id": last, "has_more": has_more})

@@ -7,7 +7,7 @@ Source: OpenAI's API reference for `POST /responses`, the parameters of the curr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -253,13 +253,13 @@ def _tools(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
         checked = _tool(tool, f"tools[{index}]")
         if isinstance(checked, McpTool):
             if any(each.get("server_label") == checked.server_label for each in found):
-                _refuse(f"tools[{index}].server_label", f"{checked.server_label!r} is there twice")
+                raise items.refused(f"tools[{index}].server_label", f"{checked.server_label!r} is there twice")
             if own := _headers(checked):
                 headers[checked.server_label] = own
         stored = checked.model_dump(mode="json", exclude={"headers", "authorization"}, exclude_unset=True)
         kinds = [each["type"].split("_20")[0].removesuffix("_preview") for each in (*found, stored)]
         if any(kinds.count(kind) > 1 for kind in _ONCE):
-            _refuse(f"tools[{index}].type", f"{stored['type']} is there twice")
+            raise items.refused(f"tools[{index}].type", f"{stored['type']} is there twice")
         found.append(stored | ({"parameters": None, "strict": None} | stored if stored["type"] == "function" else {}))
     return found, headers
 
@@ -268,14 +268,10 @@ def _tool(tool: Mapping[str, Any], where: str) -> BaseModel:
     kind = tool.get("type")
     shape = _TOOLS.get(kind) if isinstance(kind, str) else None
     if shape is None:
-        _refuse(f"{where}.type", f"{kind!r} is not supported; there are {', '.join(_TOOLS)}")
+        raise items.refused(f"{where}.type", f"{kind!r} is not supported; there are {', '.join(_TOOLS)}")
     return items.parsed(shape, tool, where)
 
 
 def _headers(tool: McpTool) -> dict[str, str]:
     bearer = {"Authorization": f"Bearer {tool.authorization}"} if tool.authorization else {}
     return (tool.headers or {}) | bearer
-
-
-def _refuse(param: str, problem: str) -> NoReturn:
-    raise InvalidRequest(f"{param}: {problem}", param)

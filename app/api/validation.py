@@ -49,5 +49,5 @@ async def includes(request: Request) -> list[str]:
     known = get_args(ResponseIncludable)
     for value in asked:
         if value not in known:
-            raise InvalidRequest(f"include: '{value}' is not supported; there are {', '.join(known)}")
+            raise InvalidRequest(f"include: '{value}' is not supported; there are {', '.join(known)}", "include")
     return asked

@@ -186,9 +186,14 @@ def checked(items: Iterable[Any], where: str = "items") -> list[Item]:
     seen: set[str] = set()
     for index, item in enumerate(found):
         if item.get("id") in seen:
-            raise _invalid(f"{where}[{index}].id", f"another item has the id '{item['id']}' too")
+            raise refused(f"{where}[{index}].id", f"another item has the id '{item['id']}' too")
         seen |= {item["id"]} if "id" in item else set()
     return found
+
+
+def refused(field: str, problem: str) -> InvalidRequest:
+    """The error for a field, as in `items[2].content[0].text`, which its message and its `param` name."""
+    return InvalidRequest(f"{field}: {problem}", field)
 
 
 def with_ids(items: Iterable[Item]) -> list[Item]:
@@ -202,7 +207,7 @@ def _new_id(kind: str) -> str:
 
 def _checked(item: Any, where: str) -> Item:
     if not isinstance(item, dict):
-        raise _invalid(where, "must be an object")
+        raise refused(where, "must be an object")
     check_json(item, where)
     kind = item.get("type") or ("message" if "role" in item else None)
     shape = _shape(_KINDS, kind, where)
@@ -217,17 +222,17 @@ def _checked(item: Any, where: str) -> Item:
 
 def _check_parts(kinds: dict[str, type[_Object]], parts: Any, where: str) -> None:
     if not isinstance(parts, list):
-        raise _invalid(where, "must be text or a list")
+        raise refused(where, "must be text or a list")
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
-            raise _invalid(f"{where}[{index}]", "must be an object")
+            raise refused(f"{where}[{index}]", "must be an object")
         _check(_shape(kinds, part.get("type"), f"{where}[{index}]"), part, f"{where}[{index}]")
 
 
 def _shape(kinds: dict[str, type[_Object]], kind: Any, where: str) -> type[_Object]:
     if not isinstance(kind, str) or kind not in kinds:
         problem = "is missing" if kind is None else f"{kind!r} is not supported"
-        raise _invalid(f"{where}.type", f"{problem}; there are {', '.join(kinds)}")
+        raise refused(f"{where}.type", f"{problem}; there are {', '.join(kinds)}")
     return kinds[kind]
 
 
@@ -242,7 +247,7 @@ def parsed[Shape: BaseModel](shape: type[Shape], value: Mapping[str, Any], where
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        raise _invalid(where + path, first["msg"]) from None
+        raise refused(where + path, first["msg"]) from None
 
 
 def check_json(value: Any, where: str) -> None:
@@ -252,11 +257,11 @@ def check_json(value: Any, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
-        raise _invalid(where, "is nested too deeply") from None
+        raise refused(where, "is nested too deeply") from None
     except UnicodeEncodeError:
-        raise _invalid(where, "half of a surrogate pair is no character") from None
+        raise refused(where, "half of a surrogate pair is no character") from None
     except ValueError:
-        raise _invalid(where, "NaN and Infinity are no JSON") from None
+        raise refused(where, "NaN and Infinity are no JSON") from None
 
 
 def _filled(kind: str, item: Item) -> Item:
@@ -285,7 +290,3 @@ def _content_part(part: Any) -> Any:
     if kind == "input_image":
         return {**part, "detail": part.get("detail") or "auto"}
     return part
-
-
-def _invalid(param: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", param)

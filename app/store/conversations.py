@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as insert_or_not
 
-from app.domain.errors import InvalidRequest, NotFound
-from app.domain.items import Item, conversation_id
+from app.domain.errors import NotFound
+from app.domain.items import Item, conversation_id, refused
 from app.store.agents import ask_to_end
 from app.store.tables import session_items, sessions, turns
 
@@ -66,11 +66,11 @@ def add_items(connection: Connection, owner: str, session_id: str, items: Sequen
     there = append(connection, session_id, [(item, None) for item in items])
     if there:
         index = next(index for index, item in enumerate(items) if item["id"] in there)
-        raise InvalidRequest(f"items[{index}].id: the conversation has an item '{items[index]['id']}' already")
+        raise refused(f"items[{index}].id", f"the conversation has an item '{items[index]['id']}' already")
 
 
 def list_items(
-    connection: Connection, owner: str, session_id: str, *, after: str | None, limit: int, descending: bool
+    connection: Connection, owner: str, session_id: str, after: str | None, limit: int, *, descending: bool
 ) -> tuple[list[Item], bool]:
     """(one page behind the item with the id `after`, in this order; whether more follow).
 

@@ -90,6 +90,7 @@ def test_what_is_wrong_is_named(item: Any, named: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         checked([{**USER, "id": "first"}, item], "input")
     assert str(refused.value).startswith(named)
+    assert str(refused.value).startswith(f"{refused.value.param}: ")
 
 
 def test_what_is_nested_too_deeply_is_refused() -> None:
