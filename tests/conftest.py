@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -136,6 +137,7 @@ def environment(
         "SILENCE_SECONDS": "1",
         "DRAIN_SECONDS": "2",
         "XDG_DATA_HOME": str(data_home),
+        "SEALING_KEYS": base64.b64encode(bytes(32)).decode(),
     }
 
 

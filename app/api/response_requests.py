@@ -180,6 +180,8 @@ _TOOLS: dict[str, type[BaseModel]] = {
     "web_search_preview": WebSearchTool,
     "web_search_preview_2025_03_11": WebSearchTool,
 }
+_ECHOED: dict[str, dict[str, Any]] = {"function": {"parameters": None, "strict": None}, "mcp": {"allowed_tools": None}}
+"""Fields that readers expect of a tool in a response."""
 _ONCE = ("file_search", "web_search")
 
 
@@ -260,7 +262,7 @@ def _tools(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
         kinds = [each["type"].split("_20")[0].removesuffix("_preview") for each in (*found, stored)]
         if any(kinds.count(kind) > 1 for kind in _ONCE):
             raise items.refused(f"tools[{index}].type", f"{stored['type']} is there twice")
-        found.append(stored | ({"parameters": None, "strict": None} | stored if stored["type"] == "function" else {}))
+        found.append(_ECHOED.get(stored["type"], {}) | stored)
     return found, headers
 
 

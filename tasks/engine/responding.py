@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from app.domain.events import EventKind
-from app.domain.responses.events import Delta, event
+from app.domain.responses.events import Delta, event, item_event
 from app.domain.responses.steps import Call, IndexedItem, Item
 
 Publish = Callable[[str, EventKind], None]
@@ -86,12 +86,14 @@ class Answer:
 
     def __init__(
         self,
+        response_id: str,
         publish: Publish,
         kind_of: Callable[[str], CallKind],
         shown: Callable[[CallItem], Item | None],
         taken_call_ids: set[str],
         next_index: int,
     ) -> None:
+        self._response_id = response_id
         self._publish = publish
         self._kind_of = kind_of
         self._shown = shown
@@ -144,7 +146,7 @@ class Answer:
     def _begin_part(self, item: TextItem, type_: str) -> Part:
         self._close_part(item)
         where = {"item_id": item.item_id, "output_index": item.output_index, "content_index": len(item.done_parts)}
-        data = event("content_part.added", **where, part=content_part(type_, ""))
+        data = event("content_part.added", response_id=self._response_id, **where, part=content_part(type_, ""))
         self._publish(data, EventKind.RESPONSE)
         logprobs: dict[str, Any] = {"logprobs": []} if type_ == "output_text" else {}
         part = item.part = Part(type_, len(item.done_parts), Delta(f"{_PARTS[type_][0]}.delta", **where, **logprobs))
@@ -159,7 +161,9 @@ class Answer:
         logprobs: dict[str, Any] = {"logprobs": []} if part.type_ == "output_text" else {}
         self._publish(event(f"{events_of}.done", **where, **{member: part.text}, **logprobs), EventKind.RESPONSE)
         whole = content_part(part.type_, part.text)
-        self._publish(event("content_part.done", **where, part=whole), EventKind.RESPONSE)
+        self._publish(
+            event("content_part.done", response_id=self._response_id, **where, part=whole), EventKind.RESPONSE
+        )
         item.done_parts.append(whole)
 
     def _close_item(self) -> None:
@@ -212,7 +216,8 @@ class Answer:
         )
 
     def _added(self, item: Item, output_index: int) -> None:
-        self._publish(event("output_item.added", output_index=output_index, item=item), EventKind.ITEM_ADDED)
+        data = item_event("added", self._response_id, output_index, item)
+        self._publish(data, EventKind.ITEM_ADDED)
 
     def _take_index(self) -> int:
         self.next_index += 1

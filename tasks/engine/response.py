@@ -20,7 +20,7 @@ from app.domain.events import EventKind
 from app.domain.responses import context, shape, steps
 from app.domain.responses.context import Entry, Past
 from app.domain.responses.decide import Approve, Finish, Infer, ListTools, RunCalls, decide
-from app.domain.responses.events import event
+from app.domain.responses.events import event, item_event
 from app.domain.responses.steps import ApprovedStep, Call, IndexedItem, InferenceStep, Item, ListStep, Step, ToolStep
 from app.domain.turns import TurnStatus
 from app.store import responses
@@ -36,6 +36,7 @@ class Response(Attempt):
 
     def __init__(self, given: Tools, claim: Claim) -> None:
         super().__init__(given, claim)
+        self._id = shape.response_id(claim.turn_id)
         self._request = claim.request
         self._journal: list[Step] = steps.read(claim.steps)
         chain = [Past(context.entries(turn.messages), steps.read(turn.steps)) for turn in claim.past]
@@ -71,7 +72,7 @@ class Response(Attempt):
         self._progress(event(type_, **fields), EventKind.RESPONSE)
 
     def _begin(self, item: Item | None, output_index: int) -> None:
-        self._progress(event("output_item.added", output_index=output_index, item=item), EventKind.ITEM_ADDED)
+        self._progress(item_event("added", self._id, output_index, item), EventKind.ITEM_ADDED)
 
     async def _list_tools(self, tool_index: int) -> None:
         """Raises TurnFailure: the MCP server cannot be used."""
@@ -110,7 +111,9 @@ class Response(Attempt):
 
     async def _infer(self) -> Outcome | None:
         """One inference step. If the response ends with it, both are recorded at once."""
-        answer = Answer(self._progress, self._tools.kind_of, self._tools.begun, self._call_ids(), self._next_index)
+        answer = Answer(
+            self._id, self._progress, self._tools.kind_of, self._tools.begun, self._call_ids(), self._next_index
+        )
         try:
             await self._ask(self._chat_request(), answer.take)
         finally:
@@ -210,7 +213,7 @@ class Response(Attempt):
 
     def _stage_items(self, step: Step) -> None:
         for done in step.items:
-            data = event("output_item.done", output_index=done.output_index, item=done.item)
+            data = item_event("done", self._id, done.output_index, done.item)
             self._writer.stage(EventKind.RESPONSE, data)
 
     async def _end(self, finish: Finish, step: InferenceStep | None = None) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,14 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
 
+from app.domain.events import unpack
 from tests.acceptance.conftest import Caravan
 from tests.support.mcp_server import McpServer
-from tests.support.scripted_model import ScriptedModel
+from tests.support.scripted_model import DIMENSIONS, ScriptedModel
 
 Sdk = Any
 """openai.OpenAI: its unions of items and events are no subject of these tests."""
@@ -383,6 +388,91 @@ def test_lists(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
         more = http.get("/responses", params={"model": "second-model", "after": page["last_id"], "limit": 1}).json()
         assert [row["id"] for row in more["data"]] == made[:1]
         assert http.get("/responses", params={"after": "resp_0"}).status_code == 404
+
+
+def test_secrets_for_an_mcp_server_reach_it_and_nobody_else(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
+    """Sealed while the response runs, gone when it has ended, and told to nobody: neither the model nor the client."""
+    secret = f"secret-{uuid.uuid4().hex}"
+    with McpServer() as mcp:
+        tool: Any = {"type": "mcp", "server_label": "calc", "server_url": mcp.url, "authorization": secret}
+        script = 'CALL look {"key": "k", "hold": "gate"} | SAY done'
+        running = sdk.responses.create(model=MODEL, input=script, tools=[tool], background=True)
+        mcp.wait_held("gate")
+        rows = _stored(caravan, running.id)
+        assert rows["turns"][0]["sealed"]
+        assert secret not in str(rows)
+        mcp.release("gate")
+        *_, last = sdk.responses.retrieve(running.id, stream=True)
+        assert last.response.status == "completed"
+        assert [call["authorization"] for call in mcp.calls()] == [f"Bearer {secret}"]
+    rows = _stored(caravan, running.id)
+    assert rows["turns"][0]["sealed"] is None
+    assert secret not in str(rows)
+    assert secret not in last.model_dump_json()
+    assert secret not in str(model.requests())
+
+
+def _stored(caravan: Caravan, response_id: str) -> dict[str, list[dict[str, Any]]]:
+    """All that Postgres has of a response."""
+    url = make_url(caravan.env["DATABASE_URL"]).set(drivername="postgresql+psycopg2")
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        found = {}
+        for table in ("turns", "journal", "tool_calls", "event_segments"):
+            query = text(f"SELECT * FROM {table} WHERE turn_id = :id")
+            rows = connection.execute(query, {"id": response_id.removeprefix("resp_")})
+            found[table] = [dict(row._mapping) for row in rows]
+    for row in found["event_segments"]:
+        row["events"] = unpack(bytes(row["events"]))
+    for row in found["turns"]:
+        row["sealed"] = bytes(row["sealed"]) if row["sealed"] else None
+    return found
+
+
+def test_file_search(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
+    """The user's files are searched by the worker; what is found goes to the model, and into the item if asked for."""
+    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=30) as http:
+        new = {"model_id": "embed", "model_type": "embedding", "provider_id": "model-server"}
+        http.post("/models", json={**new, "metadata": {"embedding_dimension": DIMENSIONS}})
+        fields = {"name": "s", "embedding_model": "embed", "embedding_dimension": DIMENSIONS}
+        store = http.post("/vector_stores", json=fields).raise_for_status().json()["id"]
+        sent = {"file": ("camels.txt", b"camels drink water")}
+        file_id = http.post("/files", files=sent, data={"purpose": "assistants"}).raise_for_status().json()["id"]
+        http.post(f"/vector_stores/{store}/files", json={"file_id": file_id}).raise_for_status()
+    tool: Any = {"type": "file_search", "vector_store_ids": [store]}
+    script = f'CALL knowledge_search {{"query": "camels"}} | SAY They drink <|{file_id}|>. | HISTORY'
+    seen = list(
+        sdk.responses.create(model=MODEL, input=script, tools=[tool], stream=True, include=["file_search_call.results"])
+    )
+    types = [event.type.removeprefix("response.") for event in seen]
+    assert [each for each in types if each.startswith("file_search")] == [
+        "file_search_call.in_progress",
+        "file_search_call.searching",
+        "file_search_call.completed",
+    ]
+    search, message = seen[-1].response.output
+    assert (search.status, search.queries) == ("completed", ["camels"]), message
+    assert [(found.file_id, found.text) for found in search.results] == [(file_id, "camels drink water")]
+    assert [note.file_id for note in message.content[0].annotations] == [file_id]
+    assert file_id not in message.content[0].text
+    answer = sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=seen[-1].response.id)
+    tool_messages = [each for each in json.loads(answer.output_text) if each["role"] == "tool"]
+    assert "camels drink water" in tool_messages[0]["content"]
+
+
+def test_a_tool_that_fails_is_told_to_the_model(sdk: Sdk, model: ScriptedModel) -> None:
+    """A store that is not there, a web search without a provider: the model hears of it, and answers."""
+    tools: Any = [{"type": "file_search", "vector_store_ids": ["vs_none"]}, {"type": "web_search"}]
+    script = 'CALL knowledge_search {"query": "a"} & CALL web_search {"query": "b"} | HISTORY'
+    response = sdk.responses.create(model=MODEL, input=script, tools=tools)
+    assert [(item.type, item.status) for item in response.output] == [
+        ("file_search_call", "failed"),
+        ("web_search_call", "failed"),
+        ("message", "completed"),
+    ]
+    told = [each["content"] for each in json.loads(response.output_text) if each["role"] == "tool"]
+    assert "vs_none" in told[0]
+    assert "builtin::websearch" in told[1]
 
 
 def _text(content: Any) -> str:

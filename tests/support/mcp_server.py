@@ -82,12 +82,14 @@ class RecordingMCP(FastMCP):
         self._calls_file = calls_file
 
     async def call_tool(self, name: str, arguments: dict[str, Any]) -> Sequence[ContentBlock] | dict[str, Any]:
-        meta = self.get_context().request_context.meta
+        context = self.get_context().request_context
+        meta = context.meta
         call = {
             "id": uuid.uuid4().hex,
             "tool": name,
             "arguments": arguments,
             "_meta": meta.model_dump(exclude_none=True) if meta else {},
+            "authorization": context.request.headers.get("authorization") if context.request else None,
             "at": time.time(),
             "ended": None,
         }
@@ -254,7 +256,8 @@ class McpServer(ServerProcess):
 
     def calls(self) -> list[dict[str, Any]]:
         """Each call of a tool, in order, also while the server is down: `tool`, `arguments`, `_meta` (the request's),
-        `id`, `at` (seconds since the epoch) and `ended`: None (still running), finished, failed, cancelled or killed.
+        `authorization` (its header), `id`, `at` (seconds since the epoch) and `ended`: None (still running), finished,
+        failed, cancelled or killed.
         """
         return read_calls(self._calls_file)
 

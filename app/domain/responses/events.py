@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from app.domain.events import Event, ascii_json
+from app.domain.responses.steps import Item
 
 _TYPE = '{"type":"'
 
 
 def event(type_: str, **fields: Any) -> str:
     return ascii_json({"type": f"response.{type_}", **fields})
+
+
+def item_event(what: Literal["added", "done"], response_id: str, output_index: int, item: Item | None) -> str:
+    """`response_id` is llama_stack's: OpenAI's event has none, ogx-client demands it."""
+    return event(f"output_item.{what}", response_id=response_id, output_index=output_index, item=item)
 
 
 def sequence_number(n: int) -> int:
