@@ -1,0 +1,248 @@
+"""Where our answers mean to differ from the captured ones, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import ANY
+
+from tests.compat.contract import MISSING, SDK_ROUTES, SERVED, Deviation, Json, Matching
+
+
+def _progress(**delta: Any) -> Json:
+    payload = {"event_type": "step_progress", "step_type": "inference", "step_id": ANY, "delta": delta}
+    return {"event": {"payload": payload}}
+
+
+_EVENT_ID = Matching(r"\d+-\d+")
+_OWN_ID = Matching(r"<our id \d+>")
+_NOT_FOUND = {"detail": Matching(r"(Agent|Session|Turn) 'nope' not found")}
+_STEPS_OF_0_2 = tuple(
+    f"s24-v1/{name}"
+    for name in ("get_session", "get_turn", "get_step", "turn_client_tool_1_awaiting", "turn_client_tool_2_resume")
+)
+_INFERENCE_OF_0_2 = ("completion", "embeddings", "rerank", "batch-completion", "batch-chat-completion")
+_TURN = {
+    "turn_id": ANY,
+    "session_id": ANY,
+    "input_messages": [{"role": "user", "content": "SAY nonstream", "context": None}],
+    "steps": [ANY],
+    "output_message": {"role": "assistant", "content": "nonstream ", "stop_reason": "end_of_turn", "tool_calls": []},
+    "output_attachments": [],
+    "started_at": "<time>",
+    "completed_at": "<time>",
+}
+
+DEVIATIONS = [
+    # --- every version ---
+    Deviation(
+        "An event has an id, behind which its stream can be joined again",
+        ("s35-v1/turn_*", "s35-v1alpha/turn_*", "s24-v1/turn_*"),
+        {"body.*.id": (MISSING, _EVENT_ID)},
+    ),
+    Deviation(
+        "An unknown id is 404 (there 400)",
+        ("*/get_agent_missing", "*/get_session_missing"),
+        {"status": (400, 404), "body": ({"detail": ANY}, _NOT_FOUND)},
+    ),
+    Deviation(
+        "An unknown turn is 404 (there null)",
+        ("*/get_turn_missing",),
+        {"status": (200, 404), "body": (None, _NOT_FOUND)},
+    ),
+    Deviation(
+        "A turn of an unknown agent or session is refused before its stream (there an event, on which SDKs hang)",
+        ("*/turn_bad_agent", "*/turn_bad_session"),
+        {
+            "status": (200, 404),
+            "headers.content-type": ("text/event-stream; charset=utf-8", "application/json"),
+            "headers.transfer-encoding": ("chunked", MISSING),
+            "body": ([{"data": {"error": {"message": ANY}}}], _NOT_FOUND),
+        },
+    ),
+    Deviation(
+        "A turn can be had without a stream (there 501)",
+        ("*/turn_nonstream",),
+        {"status": (501, 200), "body": ({"detail": ANY}, _TURN)},
+    ),
+    Deviation(
+        "No client is refused for its version (there 426)",
+        ("s35-v1/version_426",),
+        {
+            "status": (426, 200),
+            "headers.transfer-encoding": ("chunked", MISSING),
+            "body": ({"error": ANY}, {"data": ANY}),
+        },
+    ),
+    Deviation(
+        "The step of a client's tools has an id of its own (there the inference step's), so that GET step finds it",
+        ("*/get_session", "*/get_turn", "*/turn_client_tool_2_resume"),
+        {"**.steps.1.step_id": (ANY, _OWN_ID)},
+    ),
+    Deviation(
+        "The same in the event of that step",
+        ("*/turn_client_tool_2_resume",),
+        {
+            "body.0.data.event.payload.step_id": (ANY, _OWN_ID),
+            "body.0.data.event.payload.step_details.step_id": (ANY, _OWN_ID),
+        },
+    ),
+    Deviation(
+        "An error has a code, and the status of the model server; its message is the model server's",
+        ("*/turn_model_err400", "*/turn_model_err500"),
+        {
+            "body.1.data.error.message": (ANY, Matching("400: scripted 400|500: scripted 500")),
+            "body.1.data.error.code": (MISSING, "model_error"),
+            "body.1.data.error.status": (MISSING, ANY),
+        },
+    ),
+    Deviation(
+        "The url of a list is its path (there its template)",
+        ("*/list_sessions",),
+        {"body.url": (ANY, Matching(r"/v1(alpha)?/agents/[-0-9a-f]{36}/sessions"))},
+    ),
+    # --- 0.2 ---
+    Deviation(
+        "No empty text before the first words: clients join the texts",
+        ("s24-v1/turn_plain", "s24-v1/turn_client_tool_1_awaiting", "s24-v1/turn_client_tool_2_resume"),
+        {"body.*": ({"data": _progress(type="text", text="")}, MISSING)},
+    ),
+    Deviation(
+        "A message that calls a client's tool stops with end_of_message in its step too, as in its turn",
+        _STEPS_OF_0_2,
+        {"**.model_response.stop_reason": ("end_of_turn", "end_of_message")},
+    ),
+    Deviation(
+        "Fields of 0.3.5 stand beside those of 0.2, whose clients ignore them",
+        ("s24-v1/get_agent", "s24-v1/list_agents"),
+        {f"**.client_tools.0.{field}": (MISSING, ANY) for field in ("toolgroup_id", "input_schema", "output_schema")},
+    ),
+    Deviation(
+        "Fields of 0.3.5 stand beside those of 0.2, whose clients ignore them: tools",
+        ("s24-v1/tools",),
+        {f"body.data.0.{field}": (MISSING, ANY) for field in ("name", "input_schema", "output_schema")},
+    ),
+    # --- responses ---
+    Deviation(
+        "The tokens of a streamed response are counted too",
+        ("s35-responses/response_function_call", "s35-responses/response_mcp"),
+        {"body.*.data.response.usage": (None, ANY)},
+    ),
+    Deviation(
+        "The message of an error is the model server's",
+        ("s35-responses/response_err",),
+        {"body.2.data.response.error.message": ("Error code: 400 - scripted 400", "scripted 400")},
+    ),
+    # --- routes ---
+    Deviation(
+        "0.2's inference beside chat-completion: OpenAI's routes stand for it",
+        (SDK_ROUTES,),
+        {f"POST /v1/inference/{name}": (SERVED, MISSING) for name in _INFERENCE_OF_0_2},
+    ),
+    Deviation(
+        "The list of routes is that of 0.3.5",
+        ("s24-v1/routes",),
+        {
+            f"body.routes.POST /v1/inference/{name}": (SERVED, MISSING)
+            for name in ("chat-completion", *_INFERENCE_OF_0_2)
+        },
+    ),
+    Deviation(
+        "APIs without a provider here; the captured servers had none of theirs either",
+        (SDK_ROUTES,),
+        {
+            f"** {path}**": (SERVED, MISSING)
+            for path in (
+                "/v1/datasets",
+                "/v1/datasetio",
+                "/v1/eval",
+                "/v1/post-training",
+                "/v1/scoring",
+                "/v1/synthetic-data-generation",
+                "/v1/telemetry",
+                "/v1/batches",
+                "/v1/batch-inference",
+                "/v1alpha/eval",
+                "/v1alpha/post-training",
+                "/v1alpha/telemetry",
+                "/v1beta/datasets",
+                "/v1beta/datasetio",
+            )
+        },
+    ),
+    Deviation(
+        "Chat completions are not stored, so none can be listed",
+        (SDK_ROUTES,),
+        {"GET **/chat/completions**": (SERVED, 501)},
+    ),
+    Deviation(
+        "Routes that came after 0.3.5, and that no agent needs",
+        (SDK_ROUTES,),
+        {"* /v1alpha/admin/**": (SERVED, MISSING), "PUT /v1/prompts/**": (SERVED, MISSING)},
+    ),
+]
+
+PENDING = [
+    Deviation(
+        "Arguments of tool calls are an object, and text in arguments_json",
+        ("s24-v1/*",),
+        {"**.arguments": (ANY, ANY), "**.arguments_json": (ANY, MISSING)},
+        who="compat",
+    ),
+    Deviation(
+        "A tool call comes in one event",
+        ("s24-v1/turn_client_tool_1_awaiting",),
+        {
+            "body.*": (
+                MISSING,
+                {"id": ANY, "data": _progress(type="tool_call", tool_call=ANY, parse_status="in_progress")},
+            )
+        },
+        who="compat",
+    ),
+    Deviation(
+        "Client tools have the parameters that they were declared with",
+        ("s24-v1/*",),
+        {"**.client_tools.0.parameters": (ANY, MISSING)},
+        who="compat",
+    ),
+    Deviation(
+        "Rows of tools are those of 0.2 and 0.3 at once",
+        ("*/tools",),
+        {
+            f"body.data.0.{field}": (ANY, ANY)
+            for field in ("identifier", "provider_resource_id", "provider_id", "type", "parameters")
+        },
+        who="compat; what 0.3.5 then has more becomes a deviation",
+    ),
+    Deviation(
+        "Rows of models have an id too",
+        ("*/models", "*/version_426"),
+        {"body.data.0.*": (MISSING, ANY)},
+        who="compat; becomes a deviation",
+    ),
+    Deviation(
+        "Routes of 0.2",
+        (SDK_ROUTES,),
+        {"** /v1/vector-dbs**": (SERVED, MISSING), "POST /v1/inference/chat-completion": (SERVED, MISSING)},
+        who="compat",
+    ),
+    Deviation(
+        "Conversations: llama-stack's table of items has the name of ours",
+        ("s35-responses/conv_items", "s35-responses/response_stream"),
+        {"status": (200, 500), "body": (ANY, ANY), "body.*": (ANY, ANY)},
+        who="conv",
+    ),
+    Deviation(
+        "Conversations: an unknown one is 404",
+        (SDK_ROUTES,),
+        {"GET /v1/conversations/{}/items/{}": (SERVED, 500)},
+        who="conv",
+    ),
+    Deviation(
+        "Every event of a response has a sequence_number, without gap, and may have an id",
+        ("s35-responses/response_*",),
+        {"body.*.data.sequence_number": (ANY, ANY), "body.*.id": (MISSING, ANY)},
+        who="lead; becomes a deviation",
+    ),
+]
+"""What is being built, and who builds it. It may agree already."""
