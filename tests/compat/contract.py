@@ -38,7 +38,7 @@ COUNTS = {"input_tokens", "output_tokens", "total_tokens"}
 
 _HEX = r"[0-9a-f]"
 _ID = re.compile(
-    rf"((?P<kind>[a-z][a-z_]*)_)?({_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}}|{_HEX}{{48}}|{_HEX}{{8}}_\d+)"
+    rf"((?P<kind>[a-z][a-z_]*)_)?({_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}}|{_HEX}{{32,64}}|{_HEX}{{8}}_\d+)"
 )
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z")
 
@@ -198,7 +198,7 @@ class Comparison:
         else:
             compared += self._compare("body", theirs.body, ours.body)
         return [
-            Difference(capture, path, self._shown(one, "theirs"), self._shown(other, "ours"))
+            Difference(capture, path, self._shown(one, "theirs", path), self._shown(other, "ours", path))
             for path, one, other in compared
         ]
 
@@ -254,7 +254,7 @@ class Comparison:
         kind = (match and match["kind"]) or "id"
         return self._symbols.setdefault(known, f"<{kind if bound else f'our {kind}'} {len(self._symbols) + 1}>")
 
-    def _shown(self, value: Json, side: Side, path: str = "") -> Json:
+    def _shown(self, value: Json, side: Side, path: str) -> Json:
         if isinstance(value, dict):
             return {key: self._shown(inner, side, f"{path}.{key}") for key, inner in value.items()}
         if isinstance(value, list):
