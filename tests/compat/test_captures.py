@@ -9,7 +9,7 @@ import httpx
 import pytest
 from celery import Celery
 
-from tests.compat.contract import MISSING, SDK_ROUTES, SERVED, Comparison, Deviation, Difference, Json, captured
+from tests.compat.contract import MISSING, SDK_ROUTES, SERVED, Answer, Comparison, Deviation, Difference, Json, captured
 from tests.compat.deviations import DEVIATIONS, PENDING
 from tests.compat.replay import MODEL, NOWHERE, REPLAYS, TOOLGROUP, VERSIONS
 from tests.support.mcp_server import McpServer
@@ -28,6 +28,7 @@ class System:
         self.url = url
         self._mcp_url = mcp_url
         self._differences: dict[str, list[Difference]] = {}
+        self.answers: dict[str, Answer] = {}
 
     def differences(self, name: str) -> list[Difference]:
         """Of a set of captures, or of `SDK_ROUTES`."""
@@ -39,6 +40,7 @@ class System:
 
     def _replay(self, name: str, http: httpx.Client) -> list[Difference]:
         answers = {f"{name}/{capture}": ours for capture, ours in REPLAYS[name](http, self._mcp_url).items()}
+        self.answers |= answers
         assert set(answers) == {capture for capture in FILES if capture.startswith(f"{name}/")}
         comparison = Comparison()
         return [
@@ -108,6 +110,15 @@ def test_our_answer_agrees_with_the_captured_one(capture: str, system: System) -
     differences = system.differences(capture.partition("/")[0])
     found = unexplained(one for one in differences if one.capture == capture)
     assert not found, found
+
+
+def test_the_events_of_a_response_are_numbered_without_gap(system: System) -> None:
+    """There, some had no number, and some numbers were left out."""
+    system.differences("s35-responses")
+    streams = [answer.body for answer in system.answers.values() if "sequence_number" in str(answer.body)]
+    assert len(streams) == 4
+    for events in streams:
+        assert [event["data"]["sequence_number"] for event in events] == list(range(len(events)))
 
 
 def test_every_route_that_an_sdk_calls_is_served(system: System) -> None:
