@@ -46,7 +46,7 @@ async def list_agents(
 ) -> JSON:
     """List agents, oldest first."""
     rows, has_more = await service.store.run(agents.list_agents, owner, start_index, limit)
-    return {"data": [_shape(row) for row in rows], "has_more": has_more, "url": request.scope["route"].path}
+    return {"data": [_shape(row) for row in rows], "has_more": has_more, "url": request.url.path}
 
 
 @router.get("/agents/{agent_id}", **answers(Agent))

@@ -48,7 +48,7 @@ async def list_sessions(
     """List the sessions of an agent, oldest first, without their turns."""
     rows, has_more = await service.store.run(agents.list_sessions, owner, agent_id, start_index, limit)
     data = [_shape(row, []) for row in rows]
-    return {"data": data, "has_more": has_more, "url": request.scope["route"].path}
+    return {"data": data, "has_more": has_more, "url": request.url.path}
 
 
 @router.get("/agents/{agent_id}/session/{session_id}", **answers(Session))
