@@ -123,7 +123,7 @@ async def list_items(
 ) -> JSONResponse:
     """List the items of a conversation, the newest first unless `order` says otherwise."""
     found, has_more = await service.store.run(
-        conversations.list_items, owner, session_id, after, limit, descending=order == "desc"
+        conversations.list_items, owner, session_id, after or None, limit, descending=order == "desc"
     )
     return _page(found, has_more)
 

@@ -1,4 +1,4 @@
-"""Conversations: sessions without an agent that have metadata, and the items in them."""
+"""Conversations: the sessions that have metadata, which no agent's session has, and the items in them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,6 @@ def _own(owner: str, session_id: str) -> tuple[Any, ...]:
     return (
         sessions.c.session_id == session_id,
         sessions.c.owner == owner,
-        sessions.c.agent_id.is_(None),
         sessions.c.metadata.is_not(None),
         sessions.c.deleted_at.is_(None),
     )

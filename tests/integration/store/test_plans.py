@@ -17,12 +17,14 @@ from sqlalchemy import Connection, event, text
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
-from app.store import Store, admission, agents, claims, prune, turns, workers
+from app.store import Store, admission, agents, claims, conversations, prune, turns, workers
 from app.store.admission import Resumption
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, no_redis
 
 ROWS = 3000
-GROWING = {"turns", "event_segments", "journal", "tool_calls", "sessions", "agents", "idempotency_keys"}
+GROWING = {
+    "turns", "event_segments", "journal", "tool_calls", "sessions", "agents", "idempotency_keys", "session_items",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,21 @@ def test_resuming_cancelling_and_pruning_read_by_index(crowded: Seeds) -> None:
         lambda connection: prune.prune_sessions(connection, 86_400, session_id),
         lambda connection: turns.session_turns(connection, session_id),
         lambda connection: agents.purge_deleted(connection, 0, 10),
+    ]
+    for query in queries:
+        assert_indexed(crowded.store, query)
+
+
+def test_conversations_read_by_index(crowded: Seeds) -> None:
+    session_id, item = str(uuid.uuid4()), {"id": "msg_1"}
+    crowded.store.transact(conversations.create, OWNER, session_id, {}, [item])
+    queries: list[Callable[[Connection], Any]] = [
+        lambda connection: conversations.update_metadata(connection, OWNER, session_id, {}),
+        lambda connection: conversations.list_items(connection, OWNER, session_id, "msg_1", 20, descending=True),
+        lambda connection: conversations.delete_item(connection, OWNER, session_id, "msg_1"),
+        lambda connection: conversations.items_of(connection, session_id),
+        lambda connection: conversations.add_items(connection, OWNER, session_id, [{"id": "msg_2"}]),
+        lambda connection: conversations.mark_deleted(connection, OWNER, session_id),
     ]
     for query in queries:
         assert_indexed(crowded.store, query)
