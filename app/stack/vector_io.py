@@ -85,6 +85,8 @@ class VectorStores(PGVectorVectorIOAdapter):
         await asyncio.to_thread(self.conn.run, _create_metadata_table)
         if self.files_api is not None:
             await self.initialize_openai_vector_stores()
+        else:
+            await self.forget()
 
     async def shutdown(self) -> None:
         # Not the original's, which closes the connection: that is shared, and closed with the stack.
@@ -93,13 +95,7 @@ class VectorStores(PGVectorVectorIOAdapter):
     async def forget(self) -> None:
         """Read from Postgres what other processes registered or deleted, the next time it is asked for."""
         self.cache.clear()
-        self.openai_vector_stores = {} if self.files_api is None else await self._load_openai_vector_stores()
-
-    async def openai_search_vector_store(self, vector_store_id: str, *given: Any, **named: Any) -> Any:
-        # A worker has no files API, so it does not load the stores when it starts.
-        if vector_store_id not in self.openai_vector_stores:
-            self.openai_vector_stores = await self._load_openai_vector_stores()
-        return await super().openai_search_vector_store(vector_store_id, *given, **named)
+        self.openai_vector_stores = await self._load_openai_vector_stores()
 
     async def _save_openai_vector_store_file_batch(self, batch_id: str, batch_info: dict[str, Any]) -> None:
         batch_info.setdefault("principal", access.acting_principal())

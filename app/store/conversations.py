@@ -139,13 +139,13 @@ def _own(owner: str, session_id: str) -> tuple[Any, ...]:
     )
 
 
-def _found(row: Row[Any] | None, session_id: str) -> Row[Any]:
+def _found(row: Any, session_id: str) -> Any:
     if row is None:
         raise NotFound("Conversation", conversation_id(session_id))
     return row
 
 
-def _of_item(connection: Connection, session_id: str, item_id: str) -> Row[Any]:
+def _of_item(connection: Connection, session_id: str, item_id: str) -> Any:
     """Its position and content. Raises NotFound: the conversation has no such item."""
     query = select(session_items.c.position, session_items.c.item).where(session_items.c.session_id == session_id)
     # Postgres takes no U+0000 in a text; no item has such an id.
