@@ -294,19 +294,23 @@ async def follow_turn(
     Ends with the turn, or when it awaits input.
     """
     await service.store.run(agents.get_session, owner, agent_id, session_id)
-    await service.store.run(turns.get_turn, session_id, turn_id)
-    cursor = _cursor(after or last_event_id)
+    turn = await service.store.run(turns.get_turn, session_id, turn_id)
+    cursor = _cursor(after or last_event_id, turn)
     batches = service.relay.follow(turn_id, cursor, through_legs=True)
     return _stream(service, batches, {"X-Turn-Id": turn_id})
 
 
-def _cursor(identifier: str | None) -> EventId:
+def _cursor(identifier: str | None, turn: TurnRow) -> EventId:
+    """Raises InvalidRequest: it is no event of this turn, which would be waited for in vain."""
     if not identifier:
         return START
     try:
-        return EventId.parse(identifier)
+        cursor = EventId.parse(identifier)
     except ValueError as error:
         raise InvalidRequest(f"Last-Event-ID or after: {error}") from None
+    if cursor.fence > turn.fence or (turn.status in ENDED and cursor > turn.last):
+        raise InvalidRequest(f"Last-Event-ID or after: {identifier} is no event of this turn; its last is {turn.last}")
+    return cursor
 
 
 def turn_shape(row: TurnRow) -> JSON:

@@ -12,7 +12,7 @@ _RESULT_CHARACTERS = 300
 
 
 class Transcript:
-    """Prints events (as JSON objects, in the shapes of the agents API) to standard output."""
+    """Prints events (as JSON objects, in the shapes of the agents API, or of Responses) to standard output."""
 
     def __init__(self, *, show_steps: bool = False) -> None:
         self._show_steps = show_steps
@@ -28,6 +28,9 @@ class Transcript:
             if error.get("code") == "cancelled":
                 raise CommandError("the turn was cancelled")
             raise CommandError(f"the turn failed: {error.get('message')} ({error.get('code')})")
+        if "type" in chunk:
+            self._show_of_response(chunk)
+            return
         payload = chunk["event"]["payload"]
         match payload["event_type"]:
             case "step_start":
@@ -45,6 +48,34 @@ class Transcript:
                 self.turn_id = payload["turn"]["turn_id"]
                 self.awaits_input = kind == "turn_awaiting_input"
                 self._step("the turn awaits tool responses" if self.awaits_input else "the turn is complete")
+
+    def _show_of_response(self, event: Mapping[str, Any]) -> None:
+        match event["type"].removeprefix("response."):
+            case "output_text.delta" | "refusal.delta":
+                self._delta({"type": "text", "text": event["delta"]})
+            case "output_item.added" if self._within_step and event["item"]["type"] == "message":
+                self._line("the worker was lost or stopped: the message is made again")
+            case "output_item.added":
+                self._within_step = event["item"]["type"] == "message"
+            case "output_item.done":
+                self._within_step = False
+                self._item(event["item"])
+            case "completed" | "incomplete":
+                self.end_line()
+                self._step(f"the response is {event['response']['status']}")
+            case "failed":
+                self.end_line()
+                error = event["response"]["error"]
+                raise CommandError(
+                    f"the response failed: {error['message']}" if error else "the response was cancelled"
+                )
+
+    def _item(self, item: Mapping[str, Any]) -> None:
+        self.end_line()
+        if item["type"] in ("function_call", "mcp_call", "mcp_approval_request"):
+            self._line(f"{item['type']}: {item['name']} {_compact(item['arguments'])}")
+        if item.get("output") or item.get("error"):
+            self._line(f"{item['name']} answers: {_compact(item['error'] or item['output'])}")
 
     def end_line(self) -> None:
         if self._within_line:

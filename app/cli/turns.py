@@ -12,7 +12,8 @@ import typer
 
 from app.cli.chat import URL, KeyOption, UrlOption
 from app.cli.errors import CommandError, refused
-from app.domain.turns import ENDED, TurnStatus
+from app.domain.responses.shape import PREFIX, response_id
+from app.domain.turns import ENDED, TurnKind, TurnStatus
 
 if TYPE_CHECKING:
     from app.store.turns import TurnRow
@@ -23,7 +24,7 @@ REJOIN_SECONDS = 60.0
 
 application = typer.Typer(help="List turns, show one, follow one, or cancel one.", no_args_is_help=True)
 
-TurnId = Annotated[str, typer.Argument(help="Id of the turn.", metavar="ID")]
+TurnId = Annotated[str, typer.Argument(help="Id of the turn, or of the response (resp_…) that it is.", metavar="ID")]
 
 
 @application.command("list")
@@ -38,7 +39,8 @@ def list_turns(
     print(f"{'TURN':<36}  {'STATUS':<14}  {'CREATED':<19}  {'WORKER':<24}  AGENT")
     for turn, agent_id in found:
         created = turn.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{turn.turn_id:<36}  {turn.status.value:<14}  {created}  {turn.worker or '-':<24}  {agent_id}")
+        whose = agent_id or "a response"
+        print(f"{turn.turn_id:<36}  {turn.status.value:<14}  {created}  {turn.worker or '-':<24}  {whose}")
 
 
 @application.command()
@@ -55,9 +57,11 @@ def follow(turn_id: TurnId, url: UrlOption = URL, api_key: KeyOption = None) -> 
 
     turn, agent_id = _find(turn_id)
     transcript = Transcript()
-    path = f"{url.rstrip('/')}/v1/agents/{agent_id}/session/{turn.session_id}/turn/{turn.turn_id}/events"
+    path = f"/agents/{agent_id}/session/{turn.session_id}/turn/{turn.turn_id}/events"
+    if turn.kind == TurnKind.RESPONSE:
+        path = f"/responses/{response_id(turn.turn_id)}"
     try:
-        for event in _events(path, api_key):
+        for event in _events(f"{url.rstrip('/')}/v1{path}", api_key):
             transcript.show(event)
     finally:
         transcript.end_line()
@@ -102,7 +106,9 @@ def _joined(url: str, api_key: str | None, last_id: str) -> Iterator[tuple[str, 
     import httpx
 
     headers = {"Last-Event-ID": last_id, **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-    with httpx.stream("GET", url, headers=headers, timeout=READ_TIMEOUT_SECONDS) as response:
+    # A response's stream; of a turn's events, these say nothing.
+    place = {"stream": "true", **({"starting_after": last_id} if last_id.isdigit() else {})}
+    with httpx.stream("GET", url, params=place, headers=headers, timeout=READ_TIMEOUT_SECONDS) as response:
         if response.status_code == httpx.codes.UNAUTHORIZED:
             response.read()
             raise CommandError(refused(url, response.json()["detail"]))
@@ -115,14 +121,15 @@ def _joined(url: str, api_key: str | None, last_id: str) -> Iterator[tuple[str, 
             if line.startswith("id: "):
                 event_id = line.removeprefix("id: ")
             elif line.startswith("data: "):
-                yield event_id, json.loads(line.removeprefix("data: "))
+                event = json.loads(line.removeprefix("data: "))
+                yield str(event.get("sequence_number", event_id)), event
 
 
-def _find(turn_id: str) -> tuple[TurnRow, str]:
+def _find(turn_id: str) -> tuple[TurnRow, str | None]:
     from app.store.turns import find_turn
 
     try:
-        identifier = str(uuid.UUID(turn_id))
+        identifier = str(uuid.UUID(turn_id.removeprefix(PREFIX)))
     except ValueError:
         raise CommandError(f"{turn_id} is not the id of a turn") from None
     return _ask(find_turn, identifier)
@@ -141,20 +148,21 @@ def _ask[T](query: Callable[..., T], *arguments: Any) -> T:
         store.close()
 
 
-def _shape(turn: TurnRow, agent_id: str) -> dict[str, Any]:
+def _shape(turn: TurnRow, agent_id: str | None) -> dict[str, Any]:
     moments = {name: getattr(turn, name) for name in ("created_at", "started_at", "completed_at")}
+    response = turn.kind == TurnKind.RESPONSE
     return {
         "turn_id": turn.turn_id,
-        "agent_id": agent_id,
+        **({"response_id": response_id(turn.turn_id)} if response else {"agent_id": agent_id}),
         "session_id": turn.session_id,
         "number": turn.number,
         "status": turn.status.value,
         "worker": turn.worker,
-        "attempts": turn.fence,
+        "fence": turn.fence,
         "last_event": str(turn.last),
         **{name: moment.isoformat() if moment else None for name, moment in moments.items()},
         "error": turn.error,
-        "input_messages": turn.request.get("messages"),
+        **({"input": turn.request["input"]} if response else {"input_messages": turn.request.get("messages")}),
         "steps": turn.steps,
         "output_message": turn.output_message,
     }

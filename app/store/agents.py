@@ -132,8 +132,13 @@ def purge_deleted(connection: Connection, grace_seconds: float, limit: int) -> i
 
 
 def _purge_sessions(connection: Connection, old: ColumnElement[Any], limit: int) -> int:
-    running = exists().where(and_(turns.c.session_id == sessions.c.session_id, text(UNFINISHED_SQL)))
-    idle = select(sessions.c.session_id).where(sessions.c.deleted_at < old, not_(running), not_(is_continued()))
+    here = turns.c.session_id == sessions.c.session_id
+    running = exists().where(and_(here, text(UNFINISHED_SQL)))
+    # A response that was not to be stored has just been answered, and its stream may still be read.
+    ended_lately = exists().where(and_(here, turns.c.completed_at >= old))
+    idle = select(sessions.c.session_id).where(
+        sessions.c.deleted_at < old, not_(running), not_(ended_lately), not_(is_continued())
+    )
     gone = delete(sessions).where(sessions.c.session_id.in_(idle.limit(limit).with_for_update(skip_locked=True)))
     return connection.execute(gone).rowcount
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, literal, select
 from app.domain import events
 from app.domain.errors import NotFound, TurnFailure
 from app.domain.events import Event, EventId, EventKind
-from app.domain.turns import TRANSITIONS, TurnStatus
+from app.domain.turns import TRANSITIONS, TurnKind, TurnStatus
 from app.store.tables import UNFINISHED_SQL, event_segments, journal, sessions, turns, workers
 
 RaiseFence = Callable[[str, int, EventId], list[Event] | None]
@@ -37,6 +37,7 @@ class TurnRow:
     created_at: datetime
     started_at: datetime | None
     completed_at: datetime | None
+    kind: TurnKind = TurnKind.AGENT
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def session_turns(connection: Connection, session_id: str, turn_ids: Sequence[st
     return _read(connection, *conditions)
 
 
-def recent_turns(connection: Connection, status: TurnStatus | None, limit: int) -> list[tuple[TurnRow, str]]:
-    """The newest turns of everyone, for an operator: (turn without its steps, agent id)."""
+def recent_turns(connection: Connection, status: TurnStatus | None, limit: int) -> list[tuple[TurnRow, str | None]]:
+    """The newest turns of everyone, for an operator: (turn without its steps, agent id; None: it is a response)."""
     query = _columns().add_columns(sessions.c.agent_id).join(sessions, sessions.c.session_id == turns.c.session_id)
     query = query.order_by(turns.c.created_at.desc()).limit(limit)
     if status is not None:
@@ -82,13 +83,13 @@ def recent_turns(connection: Connection, status: TurnStatus | None, limit: int) 
     return [(_turn(row, []), row.agent_id) for row in connection.execute(query)]
 
 
-def find_turn(connection: Connection, turn_id: str) -> tuple[TurnRow, str]:
-    """A turn of anyone, for an operator: (turn, agent id). Raises NotFound."""
+def find_turn(connection: Connection, turn_id: str) -> tuple[TurnRow, str | None]:
+    """A turn of anyone, for an operator: (turn, agent id; None: it is a response). Raises NotFound."""
     found = _read(connection, turns.c.turn_id == turn_id)
     if not found:
         raise NotFound("Turn", turn_id)
     agent_id = connection.scalar(select(sessions.c.agent_id).where(sessions.c.session_id == found[0].session_id))
-    return found[0], str(agent_id)
+    return found[0], agent_id
 
 
 def standings(connection: Connection, turn_ids: Sequence[str]) -> dict[str, Standing]:
@@ -253,4 +254,5 @@ def _turn(row: Row[Any], steps: list[dict[str, Any]]) -> TurnRow:
         created_at=row.created_at,
         started_at=row.started_at,
         completed_at=row.completed_at,
+        kind=TurnKind(row.kind),
     )

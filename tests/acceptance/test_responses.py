@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -473,6 +476,20 @@ def test_a_tool_that_fails_is_told_to_the_model(sdk: Sdk, model: ScriptedModel) 
     told = [each["content"] for each in json.loads(response.output_text) if each["role"] == "tool"]
     assert "vs_none" in told[0]
     assert "builtin::websearch" in told[1]
+
+
+def test_an_operator_sees_and_follows_responses(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
+    """`caravan turns` knows a response by its own id."""
+    response = sdk.responses.create(model=MODEL, input="SAY hello world")
+
+    def turns(*arguments: str) -> str:
+        command = [sys.executable, "-c", "from app.cli import main; main()", "turns", *arguments]
+        return subprocess.run(command, env=os.environ | caravan.env, capture_output=True, text=True, check=True).stdout
+
+    assert response.id.removeprefix("resp_") in turns("list")
+    shown = json.loads(turns("show", response.id))
+    assert (shown["response_id"], shown["status"]) == (response.id, "completed")
+    assert turns("follow", response.id, "--url", caravan.url) == "hello world \n"
 
 
 def _text(content: Any) -> str:

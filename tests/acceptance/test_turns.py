@@ -213,7 +213,11 @@ def test_replay_equals_live_from_any_event(make_agent: AgentMaker, http: httpx.C
     for n in (1, 4, len(blocks)):
         assert _blocks(http.get(events, headers={"Last-Event-ID": f"1-{n}"}).content) == blocks[n:]
         assert _blocks(http.get(events, params={"after": f"1-{n}"}).content) == blocks[n:]
-    assert http.get(events, headers={"Last-Event-ID": "x"}).status_code == 400
+    last = blocks[-1].partition(b"\n")[0].removeprefix(b"id: ").decode()
+    fence, _, n = last.partition("-")
+    for never in ("x", f"{fence}-{int(n) + 1}", "99-1"):
+        refused = http.get(events, headers={"Last-Event-ID": never})
+        assert (refused.status_code, never in refused.json()["detail"]) == (400, True)
 
 
 def test_followers_join_a_running_turn(make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel) -> None:
