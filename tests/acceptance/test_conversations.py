@@ -59,9 +59,10 @@ def test_openais_sdk_adds_reads_pages_and_deletes_items(sdk: OpenAI) -> None:
     assert (added.first_id, added.last_id) == (added.data[0].id, added.data[-1].id)
     assert texts(sdk.conversations.items.list(made.id, limit=2)) == list("edcba")
     assert texts(sdk.conversations.items.list(made.id, limit=2, order="asc")) == list("abcde")
-    page = sdk.conversations.items.list(made.id, limit=2, order="asc", after=added.data[1].id)
+    ids = [str(item.id) for item in added.data]
+    page = sdk.conversations.items.list(made.id, limit=2, order="asc", after=ids[1])
     assert (texts(page.data), page.has_more) == (["c", "d"], True)
-    one = sdk.conversations.items.retrieve(added.data[2].id, conversation_id=made.id)
+    one = sdk.conversations.items.retrieve(ids[2], conversation_id=made.id)
     assert isinstance(one, Message)
     assert (one.id[:4], one.role, one.status, texts([one])) == ("msg_", "user", "completed", ["c"])
     assert one.content[0].type == "input_text"
