@@ -15,7 +15,7 @@ from app.domain.items import Item, conversation_id, refused
 from app.store.agents import ask_to_end
 from app.store.tables import session_items, sessions, turns
 
-_COLUMNS: Any = (sessions.c.session_id, sessions.c.metadata, sessions.c.created_at)
+_COLUMNS = (sessions.c.session_id, sessions.c.metadata, sessions.c.created_at)
 _LOCK = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("what"), 0)))
 _APPEND = insert_or_not(session_items).on_conflict_do_nothing().returning(session_items.c.item_id)
 
@@ -147,11 +147,10 @@ def _found(row: Any, session_id: str) -> Any:
 
 def _of_item(connection: Connection, session_id: str, item_id: str) -> Any:
     """Its position and content. Raises NotFound: the conversation has no such item."""
-    query: Any = select(session_items.c.position, session_items.c.item)
-    query = query.where(session_items.c.session_id == session_id, session_items.c.item_id == item_id)
+    query = select(session_items.c.position, session_items.c.item).where(session_items.c.session_id == session_id)
     # Postgres takes no U+0000 in a text; no item has such an id.
     known = "\0" not in item_id
-    row: Row[Any] | None = connection.execute(query).one_or_none() if known else None
+    row = connection.execute(query.where(session_items.c.item_id == item_id)).one_or_none() if known else None
     if row is None:
         raise NotFound("Item", item_id)
     return row
