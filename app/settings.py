@@ -148,7 +148,9 @@ class Settings(BaseSettings):
         description="Seconds that a stopping web process gives its open streams and requests; then it cuts them off.",
     )
     request_max_bytes: int = Field(
-        default=10_485_760, ge=1024, description="Bytes that a request body to an agents route may have (413 beyond)."
+        default=10_485_760,
+        ge=1024,
+        description="Bytes that a request body to one of Caravan's own routes may have (413).",
     )
     cors_origins: CommaSeparated = Field(
         default_factory=list, description="Origins, comma-separated, that browsers may call from. Empty: none."

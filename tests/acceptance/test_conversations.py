@@ -14,6 +14,8 @@ from openai import OpenAI
 from openai.types.conversations import Message
 
 from tests.acceptance.conftest import Caravan
+from tests.support import wait_until
+from tests.support.scripted_model import ScriptedModel
 from tests.unit.domain.test_items import OF_EACH_TYPE
 
 pytestmark = pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
@@ -59,9 +61,10 @@ def test_openais_sdk_adds_reads_pages_and_deletes_items(sdk: OpenAI) -> None:
     assert (added.first_id, added.last_id) == (added.data[0].id, added.data[-1].id)
     assert texts(sdk.conversations.items.list(made.id, limit=2)) == list("edcba")
     assert texts(sdk.conversations.items.list(made.id, limit=2, order="asc")) == list("abcde")
-    page = sdk.conversations.items.list(made.id, limit=2, order="asc", after=added.data[1].id)
+    ids = [str(item.id) for item in added.data]
+    page = sdk.conversations.items.list(made.id, limit=2, order="asc", after=ids[1])
     assert (texts(page.data), page.has_more) == (["c", "d"], True)
-    one = sdk.conversations.items.retrieve(added.data[2].id, conversation_id=made.id)
+    one = sdk.conversations.items.retrieve(ids[2], conversation_id=made.id)
     assert isinstance(one, Message)
     assert (one.id[:4], one.role, one.status, texts([one])) == ("msg_", "user", "completed", ["c"])
     assert one.content[0].type == "input_text"
@@ -101,6 +104,39 @@ def test_llama_stacks_sdk_does_the_same(client: LlamaStackClient, http: httpx.Cl
         path = f"/v1/conversations/{made.id}/items/{added.last_id}"
         added.first_id = added.last_id
     assert client.conversations.delete(made.id).deleted is True
+
+
+def test_items_added_while_a_response_runs_reach_the_next_one(sdk: OpenAI, model: ScriptedModel) -> None:
+    """It has read its context before; what it adds comes behind them."""
+    made = sdk.conversations.create()
+    running = sdk.responses.create(
+        model="scripted", input="HOLD items | HISTORY", conversation=made.id, background=True
+    )
+    model.wait_held("items")
+    sdk.conversations.items.create(made.id, items=said("added meanwhile"))
+    model.release("items")
+    wait_until(lambda: sdk.responses.retrieve(running.id).status == "completed")
+    assert "added meanwhile" not in sdk.responses.retrieve(running.id).output_text
+    items = sdk.conversations.items.list(made.id, order="asc")
+    assert texts(items)[0] == "added meanwhile"
+    assert len(texts(items)) == 3
+    assert (
+        "added meanwhile" in sdk.responses.create(model="scripted", input="HISTORY", conversation=made.id).output_text
+    )
+
+
+def test_what_runs_in_a_deleted_conversation_is_cancelled(sdk: OpenAI, model: ScriptedModel) -> None:
+    """And is gone with it, as what waited behind it is. The model is let go of."""
+    made = sdk.conversations.create()
+    for script in ("HOLD deleted | SAY never", "SAY never either"):
+        response = sdk.responses.create(model="scripted", input=script, conversation=made.id, background=True)
+    model.wait_held("deleted")
+    sdk.conversations.delete(made.id)
+    wait_until(lambda: model.open_streams() == 0)
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.retrieve(response.id)
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.create(model="scripted", input="SAY more", conversation=made.id)
 
 
 def test_a_conversation_has_no_other_id(http: httpx.Client) -> None:
