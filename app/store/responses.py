@@ -62,14 +62,11 @@ def _one(connection: Connection, query: Any, owner: str, turn_id: str) -> Respon
 def list_responses(
     connection: Connection, owner: str, after: str | None, limit: int, *, model: str | None, descending: bool
 ) -> tuple[list[ResponseRow], bool]:
-    """(one page behind the response `after`, whether more follow). Raises InvalidRequest: there is no such response."""
+    """(one page behind the response `after`, whether more follow). Raises NotFound: there is no such response."""
     query = _RESPONSES.where(*_SHOWN)
     place = tuple_(turns.c.created_at, turns.c.turn_id)
     if after is not None:
-        try:
-            first = get_response(connection, owner, after)
-        except NotFound:
-            raise InvalidRequest("after: there is no such response", "after") from None
+        first = get_response(connection, owner, after)
         where = tuple_(literal(first.created_at), literal(first.turn_id))
         query = query.where(place < where if descending else place > where)
     order = (turns.c.created_at.desc(), turns.c.turn_id.desc()) if descending else (turns.c.created_at, turns.c.turn_id)
@@ -100,7 +97,14 @@ def mark_response_deleted(connection: Connection, owner: str, turn_id: str) -> l
 
 
 def check_previous(connection: Connection, owner: str, turn_id: str) -> None:
-    """Raises InvalidRequest: a response cannot go on from that one."""
+    """Keeps that response from being pruned until this transaction is over.
+
+    Raises InvalidRequest: a response cannot go on from that one.
+    """
+    there = select(turns.c.session_id).where(turns.c.turn_id == turn_id).scalar_subquery()
+    connection.execute(
+        select(sessions.c.session_id).where(sessions.c.session_id == there).with_for_update(read=True, key_share=True)
+    )
     try:
         row = get_response(connection, owner, turn_id)
     except NotFound as error:
