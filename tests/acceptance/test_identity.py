@@ -540,13 +540,13 @@ def test_an_id_in_a_body_names_nothing_of_anothers(
 def test_documents_cannot_be_inserted_into_a_store_of_anothers(
     alice: httpx.Client, bob: httpx.Client, belongings: Belongings
 ) -> None:
-    """The RAG tool answers 200 to whatever is wrong, a store that does not exist included."""
+    """It is 404, as for a store that does not exist."""
     ok(bob.get("/v1/tools", params={"toolgroup_id": "builtin::rag"}))
     files = f"/v1/vector_stores/{belongings.vector_store_id}/files"
     before = ok(alice.get(files))
     document = {"document_id": "x", "content": "mine", "metadata": {}}
     body = {"documents": [document], "vector_store_id": belongings.vector_store_id}
-    assert bob.post("/v1/tool-runtime/rag-tool/insert", json=body).text == "null"
+    assert bob.post("/v1/tool-runtime/rag-tool/insert", json=body).status_code == 404
     assert ok(alice.get(files)) == before
     ok(alice.post("/v1/tool-runtime/rag-tool/insert", json=body))
     assert ok(alice.get(files)) != before
