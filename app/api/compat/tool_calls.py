@@ -57,17 +57,26 @@ def in_step(step: JSON) -> JSON:
 
 def in_turn(turn: JSON) -> JSON:
     """For clients before 0.3: a Turn."""
-    steps = [in_step(step) for step in turn["steps"]]
-    return {**turn, "steps": steps, "output_message": in_message(turn["output_message"])}
+    return {
+        **turn,
+        "input_messages": [named(message) for message in turn["input_messages"]],
+        "steps": [in_step(step) for step in turn["steps"]],
+        "output_message": in_message(turn["output_message"]),
+    }
+
+
+def named(message: JSON) -> JSON:
+    """For clients up to 0.1.6: a ToolResponseMessage with the `tool_name` that they insist on, and 0.3.5 has not."""
+    return {**message, "tool_name": ""} if message["role"] == "tool" else message
 
 
 def in_event(event: Event) -> Event:
     """For clients before 0.3: an event whose calls have objects; the id stays.
 
     A delta of a call that is still `in_progress` is a string for every version. The text is searched before it is
-    parsed: most events hold no call.
+    parsed: most events are deltas of text.
     """
-    if event.kind not in _IN_PAYLOAD or '"tool_name"' not in event.data:
+    if event.kind not in _IN_PAYLOAD or '"tool' not in event.data:
         return event
     chunk = json.loads(event.data)
     payload = _IN_PAYLOAD[event.kind](chunk["event"]["payload"])
