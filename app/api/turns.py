@@ -164,7 +164,8 @@ async def resume_turn(
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     responses = [plain(response) for response in body.tool_responses]
     digest = request_hash("resume", turn_id, responses)
-    if resume.goes_on(session, turn, responses):
+    is_retry = x_stainless_retry_count > 0
+    if resume.goes_on(session, turn, responses, repeated=is_retry or idempotency_key is not None):
         asked = Submission(
             owner=owner,
             agent_id=agent_id,
@@ -174,7 +175,7 @@ async def resume_turn(
             request_hash=digest,
             caps=service.caps,
             idempotency_key=idempotency_key,
-            is_retry=x_stainless_retry_count > 0,
+            is_retry=is_retry,
         )
         return await _submit(service, asked, request, dialect, bool(body.stream))
     accepted = await _resume(service, turn, Resumption(owner, session_id, turn_id, responses, digest, idempotency_key))

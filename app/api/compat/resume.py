@@ -16,12 +16,14 @@ from app.store.turns import TurnRow
 JSON = dict[str, Any]
 
 
-def goes_on(session: SessionRow, turn: TurnRow, responses: Sequence[JSON]) -> bool:
+def goes_on(session: SessionRow, turn: TurnRow, responses: Sequence[JSON], *, repeated: bool) -> bool:
     """Whether these ToolResponses answer calls that the client found itself in the session's last turn.
 
-    Serves 0.1 and 0.2. A resume that is sent twice is none: its calls are the turn's own.
+    Serves 0.1 and 0.2. `repeated`: it may have been sent before, and what follows be the last turn by now. A resume of
+    a turn that awaited input, sent twice, is none: its calls are the turn's own.
     """
-    if turn.status is not TurnStatus.COMPLETED or turn.number + 1 != session.next_number or not responses:
+    is_last = turn.number + 1 == session.next_number
+    if turn.status is not TurnStatus.COMPLETED or not responses or not (is_last or repeated):
         return False
     asked = {
         call["call_id"]
