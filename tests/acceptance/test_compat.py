@@ -265,7 +265,7 @@ def test_tools_have_rows_for_all(sdks: dict[str, Sdk]) -> None:
         assert (group["type"], group["provider_id"]) == ("tool_group", "rag-runtime")
         rows = sdk.ok("GET", "/v1/tools", params={"toolgroup_id": "builtin::rag"})["data"]
         row = {row["identifier"]: row for row in rows}["knowledge_search"]
-        assert row["name"] == "knowledge_search"
+        assert (row["name"], row["provider_id"]) == ("knowledge_search", "rag-runtime")
         assert [(each["name"], each["parameter_type"]) for each in row["parameters"]] == [("query", "string")]
         assert row["input_schema"]["required"] == ["query"]
         assert sdk.ok("GET", "/v1/tools/knowledge_search") == row

@@ -27,6 +27,18 @@ def routes_of(request: Request) -> ASGIApp:
     return cast(ASGIApp, request.app.router)
 
 
+async def fetched(request: Request, app: ASGIApp, path: str) -> Any:
+    """The JSON with which `app` answers a GET of the same caller, its errors included."""
+    body = b""
+
+    async def collect(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    await Forwarded(app, "GET", path)({**request.scope, "query_string": b""}, request.receive, collect)
+    return json.loads(body)
+
+
 class Chunks(ABC):
     """Translates the stream of one answer: each JSON chunk into any number of others."""
 

@@ -46,11 +46,11 @@ def test_one_row_of_a_tool_serves_all_readers() -> None:
     """0.1 and 0.2 read `identifier` and `parameters`, 0.3 `name` and `input_schema`."""
     schema = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
     tool = {"toolgroup_id": "g", "name": "search", "description": "d", "input_schema": schema, "metadata": None}
-    row = tools.as_list({"data": [tool]})["data"][0]
+    row = tools.as_list({"data": [tool]}, {"g": "mcp"})["data"][0]
     assert row.items() >= tool.items()
-    assert (row["identifier"], row["type"]) == ("search", "tool")
+    assert (row["identifier"], row["type"], row["provider_id"]) == ("search", "tool", "mcp")
     assert [(each["name"], each["required"]) for each in row["parameters"]] == [("query", True)]
-    assert tools.as_row({**tool, "input_schema": None})["parameters"] == []
+    assert tools.as_row({**tool, "input_schema": None}, {})["parameters"] == []
 
 
 @pytest.mark.parametrize("name", ["vector_db_id", "vector_store_id"])
