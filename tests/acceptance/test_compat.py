@@ -100,7 +100,7 @@ def ids(stream: bytes) -> list[bytes]:
 
 def arguments(turn: Any) -> list[Any]:
     """The arguments of all calls of a turn, wherever they stand."""
-    calls = []
+    calls: list[Any] = []
     for step in turn["steps"]:
         calls += step.get("tool_calls") or step.get("model_response", {}).get("tool_calls") or []
     return [(call["arguments"], call.get("arguments_json")) for call in [*calls, *turn["output_message"]["tool_calls"]]]
@@ -398,6 +398,11 @@ def test_what_is_wrong_with_old_inference_is_told(old: Sdk) -> None:
     assert "error" in json.loads(last.removeprefix("data: "))
     image = {"type": "image", "image": {"data": "x"}}
     assert old.post("/v1/inference/embeddings", json={"model_id": "m", "contents": [image]}).status_code == 400
+    grammar = {"type": "grammar", "bnf": {}}
+    for path in ("chat-completion", "completion"):
+        body = {"model_id": "scripted", "messages": [{"role": "user", "content": "x"}], "content": "x"}
+        answer = old.post(f"/v1/inference/{path}", json={**body, "response_format": grammar})
+        assert (answer.status_code, "response_format" in answer.text) == (400, True)
 
 
 def test_embeddings_of_old(old: Sdk, embedder: str) -> None:

@@ -7,6 +7,7 @@ spread the object, `Agent` parses the string, 0.1.5 and older know the object on
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +91,7 @@ def _in_progress(payload: JSON) -> JSON:
     return {**payload, "delta": {**delta, "tool_call": with_object(delta["tool_call"])}}
 
 
-_IN_PAYLOAD = {
+_IN_PAYLOAD: dict[EventKind, Callable[[JSON], JSON]] = {
     EventKind.STEP_PROGRESS: _in_progress,
     EventKind.STEP_COMPLETE: lambda payload: {**payload, "step_details": in_step(payload["step_details"])},
     EventKind.TURN_AWAITING_INPUT: lambda payload: {**payload, "turn": in_turn(payload["turn"])},
