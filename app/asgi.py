@@ -13,6 +13,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from app.api import agents, conversations, errors, responses, sessions, turns
+from app.api.compat import inference as compat_inference
+from app.api.compat import models, tools, vectors
+from app.api.compat.paths import CurrentPaths
 from app.api.service import Service, StoreRecords
 from app.api.shutdown import GracefulStop, Requests
 from app.dispatch import Doorbell
@@ -79,6 +82,10 @@ def create_app(settings: Settings) -> FastAPI:
             )
     for module in (conversations, responses):
         app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
+    for module in (models, tools, compat_inference):
+        app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
+    app.include_router(vectors.router, prefix="/v1")  # documents have no limit there, as with the Llama Stack's routes
+    app.add_middleware(CurrentPaths)
     errors.install(app, settings.request_max_bytes)
     app.add_middleware(Identification, keys=Keys(settings.api_keys))
     app.add_middleware(Requests, stop=stop)
@@ -91,6 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["Location", "X-Turn-Id", "X-Turn-Status"],
         )
+    app.state.stack = stack
     app.mount("/", stack)
     return app
 

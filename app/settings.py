@@ -63,6 +63,11 @@ class Settings(BaseSettings):
         description="Model ids, comma-separated, as `INFERENCE_URL` knows them. Clients see exactly these ids. "
         "Required unless `LLAMA_STACK_CONFIG` is set.",
     )
+    model_aliases: CommaSeparated = Field(
+        default_factory=list,
+        description="More ids for models, `alias=model`, comma-separated: programs that ask for `alias` get `model`, "
+        "one of `INFERENCE_MODEL`. Clients see aliases beside the models.",
+    )
     model_timeout_seconds: float = Field(
         default=300, gt=0, description="Seconds without a byte from the model after which an inference fails."
     )
@@ -175,7 +180,13 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(default="text", description="`text`, or `json`: one object a line.")
 
     @field_validator(
-        "inference_model", "cors_origins", "api_keys", "sealing_keys", "tools_safe_to_repeat", mode="before"
+        "inference_model",
+        "model_aliases",
+        "cors_origins",
+        "api_keys",
+        "sealing_keys",
+        "tools_safe_to_repeat",
+        mode="before",
     )
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -233,7 +244,20 @@ class Settings(BaseSettings):
             raise ValueError("LEASE_SECONDS must be at least twice HEARTBEAT_SECONDS")
         if self.llama_stack_config and not os.path.isfile(self.llama_stack_config):
             raise ValueError(f"LLAMA_STACK_CONFIG: there is no file {self.llama_stack_config}")
+        for alias, model in self.aliases.items():
+            if not alias or model not in self.inference_model or alias in self.inference_model:
+                raise ValueError(
+                    "MODEL_ALIASES must be alias=model entries, comma-separated, each of a model of INFERENCE_MODEL "
+                    f"and under an id of its own; {alias}={model} is none"
+                )
         return self
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """`model_aliases` as model ids by alias."""
+        return {
+            alias.strip(): model.strip() for alias, _, model in (each.partition("=") for each in self.model_aliases)
+        }
 
     @property
     def sqlalchemy_url(self) -> URL:

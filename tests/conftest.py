@@ -18,7 +18,7 @@ from app.local.valkey import Valkey
 from app.store import migrate
 from tests.support.scripted_model import ScriptedModel
 
-SHARE_PROCESSES = ("test_agents.py", "test_cancel.py", "test_turn_pool.py", "test_turns.py")
+SHARE_PROCESSES = ("test_agents.py", "test_cancel.py", "test_compat.py", "test_turn_pool.py", "test_turns.py")
 """They use the same web process and workers, which are slow to start."""
 
 
@@ -131,6 +131,7 @@ def environment(
         "REDIS_URL": redis_url,
         "INFERENCE_URL": scripted_model.url,
         "INFERENCE_MODEL": "scripted,second-model",
+        "MODEL_ALIASES": "meta-llama/Llama-3.2-3B-Instruct=scripted",
         "LEASE_SECONDS": "2",
         "HEARTBEAT_SECONDS": "0.5",
         "UPKEEP_SECONDS": "0.5",

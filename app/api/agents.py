@@ -8,8 +8,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from llama_stack.apis.agents import Agent, AgentConfig, AgentCreateResponse
 from llama_stack.apis.common.responses import PaginatedResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
+from app.api.compat.agents import with_schemas
+from app.api.compat.dialect import CurrentDialect
 from app.api.errors import answers
 from app.api.identifiers import AgentId
 from app.api.service import JSON, CurrentService, Owner
@@ -27,7 +29,7 @@ PageLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class CreateAgent(BaseModel):
-    agent_config: AgentConfig
+    agent_config: Annotated[AgentConfig, BeforeValidator(with_schemas)]
 
 
 @router.post("/agents", **answers(AgentCreateResponse))
@@ -42,17 +44,23 @@ async def create_agent(body: CreateAgent, service: CurrentService, owner: Owner)
 
 @router.get("/agents", **answers(PaginatedResponse))
 async def list_agents(
-    request: Request, service: CurrentService, owner: Owner, start_index: PageStart = 0, limit: PageLimit = 100
+    request: Request,
+    service: CurrentService,
+    owner: Owner,
+    dialect: CurrentDialect,
+    start_index: PageStart = 0,
+    limit: PageLimit = 100,
 ) -> JSON:
     """List agents, oldest first."""
     rows, has_more = await service.store.run(agents.list_agents, owner, start_index, limit)
-    return {"data": [_shape(row) for row in rows], "has_more": has_more, "url": request.url.path}
+    data = [dialect.agent(_shape(row)) for row in rows]
+    return {"data": data, "has_more": has_more, "url": request.url.path}
 
 
 @router.get("/agents/{agent_id}", **answers(Agent))
-async def get_agent(agent_id: AgentId, service: CurrentService, owner: Owner) -> JSON:
+async def get_agent(agent_id: AgentId, service: CurrentService, owner: Owner, dialect: CurrentDialect) -> JSON:
     """Describe an agent."""
-    return _shape(await service.store.run(agents.get_agent, owner, agent_id))
+    return dialect.agent(_shape(await service.store.run(agents.get_agent, owner, agent_id)))
 
 
 @router.delete("/agents/{agent_id}", status_code=204)

@@ -11,6 +11,7 @@ from llama_stack.apis.common.responses import PaginatedResponse
 from pydantic import BaseModel, Field
 
 from app.api.agents import PageLimit, PageStart, end_all
+from app.api.compat.dialect import CurrentDialect
 from app.api.errors import answers
 from app.api.identifiers import AgentId, SessionId, parsed
 from app.api.service import JSON, CurrentService, Owner
@@ -57,12 +58,13 @@ async def get_session(
     session_id: SessionId,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentDialect,
     turn_ids: Annotated[list[str] | None, Query(description="Only these turns")] = None,
 ) -> JSON:
     """A session with its turns in order."""
     session = await service.store.run(agents.get_session, owner, agent_id, session_id)
     rows = await service.store.run(turns.session_turns, session_id, parsed(turn_ids))
-    return _shape(session, [turn_shape(row) for row in rows])
+    return _shape(session, [dialect.turn(turn_shape(row)) for row in rows])
 
 
 @router.delete("/agents/{agent_id}/session/{session_id}", status_code=204)

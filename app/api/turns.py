@@ -17,6 +17,8 @@ from llama_stack.apis.agents import AgentStepResponse, AgentToolGroup, Document,
 from llama_stack.apis.inference import ToolConfig, ToolResponse, ToolResponseMessage, UserMessage
 from pydantic import BaseModel, Field
 
+from app.api.compat import resume
+from app.api.compat.dialect import CurrentDialect, Dialect
 from app.api.errors import answers, failure_status
 from app.api.identifiers import AgentId, SessionId, StepId, TurnId
 from app.api.service import JSON, CurrentService, Owner, Service
@@ -37,6 +39,7 @@ RESOLVE_SECONDS = 30.0
 """How long a client waits to be told whether its turn was accepted, when Postgres goes away in the commit."""
 
 RESOLVE_PAUSE_SECONDS = 0.5
+NOT_STORED = {"stream", "multitask_strategy"}
 TURN_PATH = "/agents/{agent_id}/session/{session_id}/turn"
 
 
@@ -75,6 +78,8 @@ IdempotencyKey = Annotated[
     ),
 ]
 
+RetryCount = Annotated[int, Header(include_in_schema=False)]
+
 
 @router.post(TURN_PATH, response_model=None, responses=_STREAM)
 async def create_turn(
@@ -84,33 +89,36 @@ async def create_turn(
     request: Request,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentDialect,
     idempotency_key: IdempotencyKey = None,
     x_multitask_strategy: Annotated[
         MultitaskStrategy | None, Header(description="As `multitask_strategy` of the body, which goes first")
     ] = None,
-    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+    x_stainless_retry_count: RetryCount = 0,
 ) -> Response:
     """Create a turn. It is stored before anything is answered, and runs whether the client stays or leaves."""
-    stored = plain(body, exclude={"stream", "multitask_strategy"})
-    accepted = await _accept(
-        service,
-        Submission(
-            owner=owner,
-            agent_id=agent_id,
-            session_id=session_id,
-            turn_id=str(uuid.uuid4()),
-            request=stored,
-            request_hash=request_hash("turn", agent_id, session_id, stored),
-            caps=service.caps,
-            strategy=body.multitask_strategy or x_multitask_strategy or MultitaskStrategy.ENQUEUE,
-            idempotency_key=idempotency_key,
-            is_retry=x_stainless_retry_count > 0,
-        ),
+    stored = plain(body, exclude=NOT_STORED)
+    asked = Submission(
+        owner=owner,
+        agent_id=agent_id,
+        session_id=session_id,
+        turn_id=str(uuid.uuid4()),
+        request=stored,
+        request_hash=request_hash("turn", agent_id, session_id, stored),
+        caps=service.caps,
+        strategy=body.multitask_strategy or x_multitask_strategy or MultitaskStrategy.ENQUEUE,
+        idempotency_key=idempotency_key,
+        is_retry=x_stainless_retry_count > 0,
     )
+    return await _submit(service, asked, request, dialect, bool(body.stream))
+
+
+async def _submit(service: Service, asked: Submission, request: Request, dialect: Dialect, stream: bool) -> Response:
+    accepted = await _accept(service, asked)
     if accepted.is_new:
         await service.ring(accepted.turn_id, request.headers.get("traceparent"))
         await service.announce(accepted.ended, accepted.interrupted)
-    return await _answer(service, agent_id, session_id, accepted, bool(body.stream))
+    return await _answer(service, dialect, asked.agent_id, asked.session_id, accepted, stream)
 
 
 def request_hash(*what: Any) -> bytes:
@@ -147,17 +155,33 @@ async def resume_turn(
     request: Request,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentDialect,
     idempotency_key: IdempotencyKey = None,
+    x_stainless_retry_count: RetryCount = 0,
 ) -> Response:
     """Resume a turn that awaits input, with the responses of the client's tools."""
-    await service.store.run(agents.get_session, owner, agent_id, session_id)
+    session = await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     responses = [plain(response) for response in body.tool_responses]
     digest = request_hash("resume", turn_id, responses)
+    is_retry = x_stainless_retry_count > 0
+    if resume.goes_on(session, turn, responses, repeated=is_retry or idempotency_key is not None):
+        asked = Submission(
+            owner=owner,
+            agent_id=agent_id,
+            session_id=session_id,
+            turn_id=str(uuid.uuid4()),
+            request=plain(CreateTurn(messages=resume.as_messages(responses)), exclude=NOT_STORED),
+            request_hash=digest,
+            caps=service.caps,
+            idempotency_key=idempotency_key,
+            is_retry=is_retry,
+        )
+        return await _submit(service, asked, request, dialect, bool(body.stream))
     accepted = await _resume(service, turn, Resumption(owner, session_id, turn_id, responses, digest, idempotency_key))
     if accepted.is_new:
         await service.ring(turn_id, request.headers.get("traceparent"))
-    return await _answer(service, agent_id, session_id, accepted, bool(body.stream))
+    return await _answer(service, dialect, agent_id, session_id, accepted, bool(body.stream))
 
 
 async def _resume(service: Service, turn: TurnRow, asked: Resumption) -> Accepted:
@@ -228,7 +252,9 @@ async def cancelled(service: Service, turn: Cancellable) -> TurnStatus:
     return status or turn.status
 
 
-async def _answer(service: Service, agent_id: str, session_id: str, accepted: Accepted, stream: bool) -> Response:
+async def _answer(
+    service: Service, dialect: Dialect, agent_id: str, session_id: str, accepted: Accepted, stream: bool
+) -> Response:
     """One leg, as a stream or as the turn that it leads to."""
     turn_id = accepted.turn_id
     location = f"/v1/agents/{agent_id}/session/{session_id}/turn/{turn_id}"
@@ -236,14 +262,14 @@ async def _answer(service: Service, agent_id: str, session_id: str, accepted: Ac
     just_accepted = accepted.is_new and accepted.after == START
     batches = service.relay.follow(turn_id, accepted.after, through_legs=False, just_accepted=just_accepted)
     if stream:
-        return _stream(service, batches, headers)
+        return _stream(service, dialect.events(batches), headers)
     async for _ in batches:
         pass
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     if turn.error is not None:
         failure = TurnFailure(**turn.error)
         return JSONResponse({"error": failure.as_dict()}, failure_status(failure), headers)
-    return JSONResponse(turn_shape(turn), headers=headers | _headers(turn))
+    return JSONResponse(dialect.turn(turn_shape(turn)), headers=headers | _headers(turn))
 
 
 def _stream(service: Service, batches: AsyncIterator[list[Event]], headers: dict[str, str]) -> TurnStream:
@@ -257,25 +283,37 @@ def _stream(service: Service, batches: AsyncIterator[list[Event]], headers: dict
 
 @router.get(TURN_PATH + "/{turn_id}", **answers(Turn))
 async def get_turn(
-    agent_id: AgentId, session_id: SessionId, turn_id: TurnId, response: Response, service: CurrentService, owner: Owner
+    agent_id: AgentId,
+    session_id: SessionId,
+    turn_id: TurnId,
+    response: Response,
+    service: CurrentService,
+    owner: Owner,
+    dialect: CurrentDialect,
 ) -> JSON:
     """A turn with the steps it has so far. Headers tell its status and the worker process that ran it last."""
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     response.headers.update(_headers(turn))
-    return turn_shape(turn)
+    return dialect.turn(turn_shape(turn))
 
 
 @router.get(TURN_PATH + "/{turn_id}/step/{step_id}", **answers(AgentStepResponse))
 async def get_step(
-    agent_id: AgentId, session_id: SessionId, turn_id: TurnId, step_id: StepId, service: CurrentService, owner: Owner
+    agent_id: AgentId,
+    session_id: SessionId,
+    turn_id: TurnId,
+    step_id: StepId,
+    service: CurrentService,
+    owner: Owner,
+    dialect: CurrentDialect,
 ) -> JSON:
     """One step of a turn."""
     await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     for step in turn.steps:
         if step["step_id"] == step_id:
-            return {"step": step}
+            return {"step": dialect.step(step)}
     raise NotFound("Step", step_id)
 
 
@@ -286,6 +324,7 @@ async def follow_turn(
     turn_id: TurnId,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentDialect,
     last_event_id: Annotated[str | None, Header(description="The id of the last event that the client has")] = None,
     after: Annotated[str | None, Query(description="The same, for clients that cannot set headers")] = None,
 ) -> Response:
@@ -297,7 +336,7 @@ async def follow_turn(
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     cursor = _cursor(after or last_event_id, turn)
     batches = service.relay.follow(turn_id, cursor, through_legs=True)
-    return _stream(service, batches, {"X-Turn-Id": turn_id})
+    return _stream(service, dialect.events(batches), {"X-Turn-Id": turn_id})
 
 
 def _cursor(identifier: str | None, turn: TurnRow) -> EventId:

@@ -133,6 +133,7 @@ def _model_server(settings: Settings) -> Provider:
         url=settings.inference_url,
         api_key=key.get_secret_value() if key else None,
         models=settings.inference_model,
+        aliases=settings.aliases,
         timeout_seconds=settings.model_timeout_seconds,
     )
 

@@ -62,6 +62,7 @@ class ModelServerConfig(BaseModel):
     url: str = Field(description="Base of the server, with `/v1`")
     api_key: SecretStr | None = None
     models: list[str] = Field(description="Ids of the models that clients see, as the server knows them")
+    aliases: dict[str, str] = Field(default={}, description="More ids that clients see, each of one of these models")
     timeout_seconds: float = Field(gt=0, description="Seconds without a byte after which a request fails")
 
 

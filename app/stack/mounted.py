@@ -2,7 +2,7 @@
 
 Its own `create_app` is not used: it reads a file, dumps the configuration to the log, takes over logging, refuses
 clients of other versions, and initializes the stack on another loop (see `app.stack.library`). The routes and their
-handlers are the original ones.
+handlers are the original ones, save for those of older versions (`app.stack.vector_dbs`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from app.domain.error_bodies import error_body, invalid_body, is_openai
 from app.settings import Settings
 from app.stack import access, library, postgres, registry
 from app.stack.config import stack_run_config
+from app.stack.vector_dbs import ROUTES as VECTOR_DB_ROUTES
+from app.stack.vector_dbs import VectorDBs
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,8 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
     config = await asyncio.to_thread(stack_run_config, app.settings)
     # Never llama_stack's: it formats every request body for a debug message, whether or not that is logged.
     server.log_request_pre_validation = _log_nothing
-    lock = postgres.tables_lock(postgres.libpq_parameters(app.settings.sqlalchemy_url))
+    parameters = postgres.libpq_parameters(app.settings.sqlalchemy_url)
+    lock = postgres.tables_lock(parameters)
     await asyncio.to_thread(lock.__enter__)
     try:
         app.impls = await library.start(config, whole=True)
@@ -97,6 +100,10 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
         app.router.routes[:] = []
         for method, path, api, name in routes(config, app.impls):
             _add_route(app, method, path, getattr(app.impls[api], name))
+        if Api.vector_io in app.impls:
+            vector_dbs = VectorDBs(app.impls[Api.vector_io], lambda: postgres.tables_lock(parameters))
+            for method, path, name in VECTOR_DB_ROUTES:
+                _add_route(app, method, path, getattr(vector_dbs, name))
         async with _model_listing(app):
             yield
     finally:

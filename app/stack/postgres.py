@@ -370,7 +370,8 @@ def _create_vector_extension(cursor: Any) -> bool:
 
 @contextmanager
 def tables_lock(parameters: dict[str, str]) -> Iterator[None]:
-    """Held while a stack creates its SQL tables, since llama_stack's way of doing so fails when two do it at once.
+    """Held while a stack creates SQL tables (its own, or a vector database's), since llama_stack's way of doing so
+    fails when two do it at once.
 
     A transaction's lock, and so a transaction that stays open meanwhile: behind PgBouncer's transaction pooling nothing
     else keeps a server connection. Whoever waits asks again and again, lest those who wait take every connection of a

@@ -97,7 +97,7 @@ async def _forget(provider: Any) -> None:
 
 
 async def publish_models(config: StackRunConfig, impls: dict[Api, Any]) -> None:
-    """Make `INFERENCE_MODEL` the models of our model server; models that clients registered stay.
+    """Make `INFERENCE_MODEL` and `MODEL_ALIASES` the models of our model server; those that clients registered stay.
 
     llama_stack's own way, `list_models`, first deletes all of a provider's models from Postgres and then enters them
     again: a worker that reads the registry in between would miss them. This one writes only what differs.
@@ -107,20 +107,21 @@ async def publish_models(config: StackRunConfig, impls: dict[Api, Any]) -> None:
         return
     registry = impls[Api.models].dist_registry
     existing = {entry.identifier: entry for entry in await registry.get_all() if _is_ours(entry)}
-    for identifier in wanted:
+    for identifier, model in wanted.items():
+        entry = existing.get(identifier)
         # A model that a principal registered becomes everyone's.
-        if identifier not in existing or existing[identifier].owner is not None:
-            await _register(registry, identifier)
+        if entry is None or entry.owner is not None or entry.provider_resource_id != model:
+            await _register(registry, identifier, model)
     for identifier, entry in existing.items():
         if identifier not in wanted and entry.source == RegistryEntrySource.listed_from_provider:
             await registry.delete(ResourceType.model.value, identifier)
 
 
-def _wanted(config: StackRunConfig) -> list[str] | None:
+def _wanted(config: StackRunConfig) -> dict[str, str] | None:
+    """What the model server calls each model, by the id that clients see."""
     for provider in config.providers.get("inference", ()):
         if provider.module == MODULE and provider.provider_id == MODEL_SERVER:
-            models: list[str] = provider.config["models"]
-            return models
+            return {model: model for model in provider.config["models"]} | provider.config["aliases"]
     return None
 
 
@@ -128,12 +129,12 @@ def _is_ours(entry: Any) -> bool:
     return entry.type == ResourceType.model.value and entry.provider_id == MODEL_SERVER
 
 
-async def _register(registry: CachedDiskDistributionRegistry, identifier: str) -> None:
+async def _register(registry: CachedDiskDistributionRegistry, identifier: str, model: str) -> None:
     # `update` and not `register`: an entry of a provider that is no longer configured must give way.
     await registry.update(
         ModelWithOwner(
             identifier=identifier,
-            provider_resource_id=identifier,
+            provider_resource_id=model,
             provider_id=MODEL_SERVER,
             metadata={},
             model_type=ModelType.llm,

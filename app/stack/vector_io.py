@@ -3,12 +3,14 @@
 Differs from the original: every connection parameter holds (the original knows no TLS), nothing secret stands in its
 configuration, queries run in a thread and not on the event loop, a lost connection is opened again, a refresh forgets
 deleted stores, a worker does not take up the file batches of the web process, and who does goes on as the principal
-that made them.
+that made them, and a store has a table of its own whatever its id is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import re
 from collections.abc import Coroutine
 from typing import Any
 
@@ -30,6 +32,8 @@ from pydantic import BaseModel
 from app.identity import LOCAL_PRINCIPAL
 from app.stack import access
 from app.stack.postgres import Connection, KeyValueStore, create_table
+
+_MADE_UP = re.compile(r"vs_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class VectorConfig(BaseModel):
@@ -126,11 +130,23 @@ class VectorStores(PGVectorVectorIOAdapter):
         return await self._remember(VectorStore.model_validate_json(stored))
 
     async def _remember(self, vector_store: VectorStore) -> VectorStoreWithIndex:
-        index = Index(vector_store, vector_store.embedding_dimension, self.conn, self.kvstore)
+        named = vector_store.model_copy(update={"identifier": table_suffix(vector_store.identifier)})
+        index = Index(named, vector_store.embedding_dimension, self.conn, self.kvstore)
         await index.initialize()
         store = VectorStoreWithIndex(vector_store, index, self.inference_api)
         self.cache[vector_store.identifier] = store
         return store
+
+
+def table_suffix(identifier: str) -> str:
+    """What follows `vs_` in the name of a store's table.
+
+    Names of tables have neither case nor signs, and 63 characters at most, so that ids that clients chose
+    (`app.stack.vector_dbs`) would share one: `Docs`, `docs`; `a-b`, `a_b`. Ids that were made up stand for themselves.
+    """
+    if _MADE_UP.fullmatch(identifier):
+        return identifier
+    return hashlib.sha256(identifier.encode()).hexdigest()[:40]
 
 
 def _create_metadata_table(cursor: Any) -> None:

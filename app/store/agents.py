@@ -24,6 +24,8 @@ class SessionRow:
     session_id: str
     agent_id: str
     name: str
+    next_number: int
+    """Of the session's next turn."""
     created_at: datetime
 
 
@@ -149,7 +151,9 @@ def _agents(owner: str) -> Any:
 
 
 def _sessions(owner: str, agent_id: str) -> Any:
-    columns = select(sessions.c.session_id, sessions.c.agent_id, sessions.c.name, sessions.c.created_at)
+    columns = select(
+        sessions.c.session_id, sessions.c.agent_id, sessions.c.name, sessions.c.next_number, sessions.c.created_at
+    )
     return columns.where(sessions.c.agent_id == agent_id, sessions.c.owner == owner, sessions.c.deleted_at.is_(None))
 
 
@@ -158,4 +162,4 @@ def _agent(row: Row[Any]) -> AgentRow:
 
 
 def _session(row: Row[Any]) -> SessionRow:
-    return SessionRow(row.session_id, row.agent_id, row.name, row.created_at)
+    return SessionRow(row.session_id, row.agent_id, row.name, row.next_number, row.created_at)

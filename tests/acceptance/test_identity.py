@@ -29,6 +29,7 @@ from app.local.valkey import Valkey
 from app.settings import Settings
 from app.stack.config import build_run_config
 from app.stack.mounted import routes
+from app.stack.vector_dbs import ROUTES as VECTOR_DBS
 from tests.conftest import free_port
 from tests.support import ROOT, wait_until
 from tests.support.mcp_server import McpServer
@@ -325,8 +326,8 @@ class Belongings:
     awaiting: str = field(default="")
 
     def ids(self) -> dict[str, str]:
-        """Of shields' routes the parameter is called `identifier`."""
-        return {**vars(self), "identifier": self.shield_id}
+        """Of shields' routes the parameter is called `identifier`; a vector store is a vector database, too."""
+        return {**vars(self), "identifier": self.shield_id, "vector_db_id": self.vector_store_id}
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +418,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 NOT_OURS = {
     # The model server's names, for everyone; who registered one may remove it (its own test below).
+    "GET /v1/models/{model_id}",
     "GET /v1/models/{model_id:path}",
     "DELETE /v1/models/{model_id:path}",
     # Of the configuration.
@@ -435,7 +437,8 @@ def our_routes(client: httpx.Client) -> list[tuple[str, str]]:
 
 def mounted_routes() -> list[tuple[str, str]]:
     settings = Settings(_env_file=None, database_url="postgresql://x/y", inference_model="scripted")
-    return [(method.upper(), path) for method, path, _, _ in routes(build_run_config(settings, vectors=True), {})]
+    found = [(method, path) for method, path, _, _ in routes(build_run_config(settings, vectors=True), {})]
+    return [(method.upper(), path) for method, path in [*found, *((method, path) for method, path, _ in VECTOR_DBS)]]
 
 
 def plain(path: str) -> str:
@@ -540,13 +543,13 @@ def test_an_id_in_a_body_names_nothing_of_anothers(
 def test_documents_cannot_be_inserted_into_a_store_of_anothers(
     alice: httpx.Client, bob: httpx.Client, belongings: Belongings
 ) -> None:
-    """The RAG tool answers 200 to whatever is wrong, a store that does not exist included."""
+    """It is 404, as for a store that does not exist."""
     ok(bob.get("/v1/tools", params={"toolgroup_id": "builtin::rag"}))
     files = f"/v1/vector_stores/{belongings.vector_store_id}/files"
     before = ok(alice.get(files))
     document = {"document_id": "x", "content": "mine", "metadata": {}}
     body = {"documents": [document], "vector_store_id": belongings.vector_store_id}
-    assert bob.post("/v1/tool-runtime/rag-tool/insert", json=body).text == "null"
+    assert bob.post("/v1/tool-runtime/rag-tool/insert", json=body).status_code == 404
     assert ok(alice.get(files)) == before
     ok(alice.post("/v1/tool-runtime/rag-tool/insert", json=body))
     assert ok(alice.get(files)) != before

@@ -78,7 +78,12 @@ def system(
     environment: dict[str, str], migrated_database: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[System]:
     logs = tmp_path_factory.mktemp("captures")
-    env = {**environment, "DATABASE_URL": migrated_database("caravan_captures"), "INFERENCE_MODEL": MODEL}
+    env = {
+        **environment,
+        "DATABASE_URL": migrated_database("caravan_captures"),
+        "INFERENCE_MODEL": MODEL,
+        "MODEL_ALIASES": "",
+    }
     url, web = web_process(env, logs / "web.log")
     web.start()
     worker = worker_node(TURN_POOL, env, logs / "worker.log", Celery(broker=env["REDIS_URL"]), name="captures")

@@ -1,0 +1,19 @@
+"""Which version of a Llama Stack SDK asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# Python SDKs send the first. npm's do not, but the second, as every SDK that Stainless generates does: openai's too,
+# whose numbers are all above Llama Stack's.
+_HEADERS = ("x-llamastack-client-version", "x-stainless-package-version")
+_VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})")
+
+
+def client_version(headers: Mapping[str, str]) -> tuple[int, int] | None:
+    """Major and minor version of the client's SDK; None if it does not say, or says what is no version."""
+    for name in _HEADERS:
+        if found := _VERSION.match(headers.get(name, "")):
+            return int(found[1]), int(found[2])
+    return None
