@@ -214,8 +214,8 @@ def test_replay_equals_live_from_any_event(make_agent: AgentMaker, http: httpx.C
         assert _blocks(http.get(events, headers={"Last-Event-ID": f"1-{n}"}).content) == blocks[n:]
         assert _blocks(http.get(events, params={"after": f"1-{n}"}).content) == blocks[n:]
     last = blocks[-1].partition(b"\n")[0].removeprefix(b"id: ").decode()
-    fence, _, n = last.partition("-")
-    for never in ("x", f"{fence}-{int(n) + 1}", "99-1"):
+    fence, _, number = last.partition("-")
+    for never in ("x", f"{fence}-{int(number) + 1}", "99-1"):
         refused = http.get(events, headers={"Last-Event-ID": never})
         assert (refused.status_code, never in refused.json()["detail"]) == (400, True)
 
