@@ -8,6 +8,7 @@ standard error. The system under test is named by the environment: CARAVAN_URL, 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import inspect
 import json
 import os
@@ -119,7 +120,10 @@ def _outcome(function: Check) -> dict[str, Any]:
     thread = threading.Thread(target=lambda: finished.append(_run(function)), daemon=True)
     thread.start()
     thread.join(SECONDS)
-    return finished[0] if finished else {"ok": False, "error": f"no end within {SECONDS:g} s"}
+    if finished:
+        return finished[0]
+    faulthandler.dump_traceback()
+    return {"ok": False, "error": f"no end within {SECONDS:g} s"}
 
 
 def _run(function: Check) -> dict[str, Any]:
