@@ -36,15 +36,17 @@ try:
     from ogx_client.lib.agents.react.agent import ReActAgent
 
     client = OgxClient(base_url=CARAVAN_URL)
+    NOT_ASKED: dict[str, Any] = {}
 except ImportError:
+    from llama_stack_client import NOT_GIVEN, LlamaStackClient, NotFoundError
     from llama_stack_client import APIStatusError as ApiError
     from llama_stack_client import AsyncLlamaStackClient as AsyncClient
-    from llama_stack_client import LlamaStackClient, NotFoundError
     from llama_stack_client.lib.agents.agent import Agent, AsyncAgent
     from llama_stack_client.lib.agents.event_logger import AgentEventLogger
     from llama_stack_client.lib.agents.react.agent import ReActAgent
 
     client = LlamaStackClient(base_url=CARAVAN_URL, max_retries=0)
+    NOT_ASKED = {"after": NOT_GIVEN, "include": NOT_GIVEN, "limit": NOT_GIVEN}  # 0.3 wants them all named
 
 BOILING_POINT = {
     "type": "function",
@@ -92,6 +94,11 @@ def logged(chunks: Iterable[Any]) -> str:
 
 def new_conversation() -> str:
     return str(client.conversations.create(metadata={"name": "check"}).id)
+
+
+def items_of(conversation_id: str) -> list[Any]:
+    """A conversation's items, oldest first."""
+    return list(client.conversations.items.list(conversation_id=conversation_id, order="asc", **NOT_ASKED).data)
 
 
 def new_vector_store() -> str:
@@ -174,7 +181,7 @@ def conversation_items() -> None:
     note = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a note"}]}
     client.conversations.items.create(conversation_id=conversation_id, items=[note])
     respond("SAY first", conversation=conversation_id)
-    items = client.conversations.items.list(conversation_id=conversation_id, order="asc").data
+    items = items_of(conversation_id)
     expect([(item.type, item.role) for item in items], [("message", role) for role in ("user", "user", "assistant")])
     got = client.conversations.items.get(conversation_id=conversation_id, item_id=items[0].id)
     expect_in("a note", str(got.content))
@@ -185,10 +192,9 @@ def conversation_item_delete() -> None:
     delete = needs(client, "conversations", "items", "delete")
     conversation_id = new_conversation()
     respond("SAY first", conversation=conversation_id)
-    items = client.conversations.items.list(conversation_id=conversation_id, order="asc").data
+    items = items_of(conversation_id)
     delete(conversation_id=conversation_id, item_id=items[0].id)
-    rest = client.conversations.items.list(conversation_id=conversation_id, order="asc").data
-    expect([item.id for item in rest], [items[1].id])
+    expect([item.id for item in items_of(conversation_id)], [items[1].id])
 
 
 @check
