@@ -318,7 +318,7 @@ def structured_output() -> None:
 def retrieve_list_delete() -> None:
     answer = respond("SAY hello")
     expect(client.responses.retrieve(response_id=answer.id).output_text, "hello ")
-    expect_in(answer.id, {row.id for row in client.responses.list(limit=100, order="desc").data})
+    expect_in(answer.id, {row.id for row in client.responses.list(limit=100).data})
     client.responses.delete(response_id=answer.id)
     with raises(NotFoundError):
         client.responses.retrieve(response_id=answer.id)
