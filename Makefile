@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make, pip and some Python 3; `make setup` finds Python 3.12 or 3.13 by itself.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-all lint format bench chaos lock clean
+.PHONY: help setup demo up test test-all compat lint format bench chaos lock clean
 
 BIN := .venv/bin
 # A Python that a version manager or another environment put into this shell must not leak into ours.
@@ -31,6 +31,9 @@ test: lint  ## Every check, and the tests
 
 test-all: lint  ## The same, and each test of failures in both pools and in all its variants (half an hour)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+compat: setup  ## Every SDK version against one Caravan, compared with docs/compatibility.md; WRITE=1 writes that
+	$(BIN)/python -m tests.compat $(if $(WRITE),--write)
 
 format: setup  ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
