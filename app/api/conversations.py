@@ -12,6 +12,7 @@ from llama_stack.apis.conversations import Conversation, ConversationDeletedReso
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.agents import end_all
+from app.api.compat.version import is_llama_stack
 from app.api.errors import answers
 from app.api.service import JSON, CurrentService, Owner
 from app.api.validation import includes
@@ -140,18 +141,11 @@ async def get_item(
 async def delete_item(
     session_id: SessionId, item_id: str, request: Request, service: CurrentService, owner: Owner
 ) -> JSON:
-    """Delete an item. Answers with the conversation, as OpenAI does; Llama Stack's clients get what is theirs."""
+    """Delete an item. Answers with the conversation, as OpenAI does; llama-stack-client gets what it reads."""
     row = await service.store.run(conversations.delete_item, owner, session_id, item_id)
-    if reads_llama_stack(request):
+    if is_llama_stack(request.headers):
         return {"id": item_id, "object": "conversation.item.deleted", "deleted": True}
     return {**_shape(row), "deleted": True}
-
-
-def reads_llama_stack(request: Request) -> bool:
-    """Whether a client of Llama Stack asks: the Python ones send their version, the others name themselves."""
-    versions = ("x-llamastack-client-version", "x-ogx-client-version")
-    named = request.headers.get("user-agent", "").removeprefix("Async").lower()
-    return any(name in request.headers for name in versions) or named.startswith(("llamastack", "ogx"))
 
 
 def _shape(row: ConversationRow) -> JSON:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -13,6 +13,8 @@ from fastapi.responses import JSONResponse
 from llama_stack.apis.agents.openai_responses import OpenAIDeleteResponseObject, OpenAIResponseObject
 
 from app.api.agents import end_all
+from app.api.compat.response_events import with_llama_stack_names
+from app.api.compat.version import is_llama_stack, is_ogx
 from app.api.errors import answers, failure_status
 from app.api.response_requests import CreateResponse, stored_request
 from app.api.service import JSON, CurrentService, Owner, Service
@@ -64,7 +66,7 @@ async def create_response(
         await service.ring(accepted.turn_id, request.headers.get("traceparent"))
     headers = {"Location": f"/v1/responses/{shape.response_id(accepted.turn_id)}", "X-Turn-Id": accepted.turn_id}
     if body.stream:
-        return _stream(service, owner, accepted.turn_id, headers)
+        return _stream(service, owner, accepted.turn_id, headers, _names(request))
     if not body.background:
         async for _ in service.relay.follow(accepted.turn_id, START, through_legs=True):
             pass
@@ -151,6 +153,7 @@ async def list_responses(
 @router.get("/responses/{response_id}", response_model=None, responses=_STREAM)
 async def get_response(
     response_id: str,
+    request: Request,
     service: CurrentService,
     owner: Owner,
     stream: Annotated[bool, Query(description="Its events, replayed and then live")] = False,
@@ -168,7 +171,7 @@ async def get_response(
         return JSONResponse(response_shape(row))
     if starting_after is not None and row.status in ENDED and starting_after >= row.last.n:
         raise InvalidRequest(f"starting_after: the last event has the number {row.last.n - 1}", "starting_after")
-    return _stream(service, owner, row.turn_id, {"X-Turn-Id": row.turn_id}, starting_after)
+    return _stream(service, owner, row.turn_id, {"X-Turn-Id": row.turn_id}, _names(request), starting_after)
 
 
 @router.get("/responses/{response_id}/input_items", **answers(OpenAIResponseObject))
@@ -248,21 +251,36 @@ def _failure(row: ResponseRow, headers: dict[str, str]) -> Response:
 
 
 def _stream(
-    service: Service, owner: str, turn_id: str, headers: dict[str, str], starting_after: int | None = None
+    service: Service,
+    owner: str,
+    turn_id: str,
+    headers: dict[str, str],
+    names: Names | None,
+    starting_after: int | None = None,
 ) -> TurnStream:
     return TurnStream(
-        _events(service, owner, turn_id, 0 if starting_after is None else starting_after + 1),
+        _events(service, owner, turn_id, 0 if starting_after is None else starting_after + 1, names),
         ping_seconds=service.settings.ping_seconds,
         send_timeout_seconds=service.settings.stream_send_timeout_seconds,
         headers=headers,
     )
 
 
-async def _events(service: Service, owner: str, turn_id: str, after: int) -> AsyncIterator[list[ResponseEvent]]:
+Names = Callable[[Event], Event]
+
+
+def _names(request: Request) -> Names | None:
+    """What gives events the names that the client knows; None: OpenAI's, as they are logged."""
+    return with_llama_stack_names if is_llama_stack(request.headers) or is_ogx(request.headers) else None
+
+
+async def _events(
+    service: Service, owner: str, turn_id: str, after: int, names: Names | None
+) -> AsyncIterator[list[ResponseEvent]]:
     """The events with numbers over `after`."""
     cursor = await service.store.run(responses.segment_end_before, turn_id, after) if after else START
     async for batch in service.relay.follow(turn_id, cursor, through_legs=True):
-        wanted = [each for each in batch if each.id.n > after]
+        wanted = [names(each) if names else each for each in batch if each.id.n > after]
         if wanted:
             yield [ResponseEvent(await _told(service, owner, turn_id, each)) for each in wanted]
 

@@ -33,6 +33,7 @@ from app.domain.error_bodies import error_body, invalid_body, is_openai
 from app.settings import Settings
 from app.stack import access, library, postgres, registry
 from app.stack.config import stack_run_config
+from app.stack.files import with_status
 from app.stack.vector_dbs import ROUTES as VECTOR_DB_ROUTES
 from app.stack.vector_dbs import VectorDBs
 
@@ -99,7 +100,8 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
     try:
         app.router.routes[:] = []
         for method, path, api, name in routes(config, app.impls):
-            _add_route(app, method, path, getattr(app.impls[api], name))
+            implementation = getattr(app.impls[api], name)
+            _add_route(app, method, path, with_status(implementation) if api == Api.files else implementation)
         if Api.vector_io in app.impls:
             vector_dbs = VectorDBs(app.impls[Api.vector_io], lambda: postgres.tables_lock(parameters))
             for method, path, name in VECTOR_DB_ROUTES:

@@ -55,7 +55,7 @@ def read_response(connection: Connection, owner: str, turn_id: str) -> ResponseR
 def _one(connection: Connection, query: Any, owner: str, turn_id: str) -> ResponseRow:
     row = connection.execute(query, {"of_owner": owner}).one_or_none()
     if row is None:
-        raise NotFound("Response", turn_id)
+        raise NotFound("Response", f"resp_{turn_id}")
     return _response(row, read_steps(connection, [turn_id])[turn_id])
 
 

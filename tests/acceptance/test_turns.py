@@ -253,10 +253,11 @@ def _only_turn(http: httpx.Client, session: str) -> str:
     return str(turns[0]["turn_id"])
 
 
-def test_a_follower_that_is_ahead_of_the_turn_ends_with_it(
+def test_a_follower_behind_what_is_no_event_of_the_turn_is_refused(
     make_agent: AgentMaker, http: httpx.Client, model: ScriptedModel
 ) -> None:
-    """An id past the last event (of another turn, say) gives nothing, and does not hang once the turn has ended."""
+    """An id of an attempt that there is not yet (of another turn, say) would be waited for in vain. One that the
+    attempt has not come to yet gives nothing, and does not hang once the turn has ended."""
     agent = make_agent()
     gate = uuid.uuid4().hex
     creating = threading.Thread(
@@ -264,14 +265,13 @@ def test_a_follower_that_is_ahead_of_the_turn_ends_with_it(
     )
     creating.start()
     model.wait_held(gate)
-    heard: list[bytes] = []
     events = f"{agent.path}/turn/{_only_turn(http, agent.path)}/events"
-    follower = threading.Thread(target=lambda: heard.append(http.get(events, params={"after": "9-9"}).content))
-    follower.start()
-    model.release(gate)
-    creating.join(30)
-    follower.join(30)
-    assert [_blocks(raw) for raw in heard] == [[]]
+    assert http.get(events, params={"after": "9-9"}).status_code == 400
+    with http.stream("GET", events, params={"after": "1-99"}) as follower:
+        assert follower.status_code == 200
+        model.release(gate)
+        creating.join(30)
+        assert _blocks(follower.read()) == []
 
 
 def test_an_unknown_model_is_named(make_agent: AgentMaker) -> None:

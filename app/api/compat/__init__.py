@@ -5,6 +5,7 @@ serves. A client's version decides only where old and new readers conflict (`dia
 serves all. No client is refused for its version.
 
 Modules: `version` (of a client), `dialect` (agents routes), `tool_calls`, `parameters`, `agents` (their parts),
-`resume` (of a turn that has ended), `paths` (older paths of routes), `forward` (one route answers with another's
-answer), and by noun the routes that are there for other clients: `models`, `tools`, `vectors`, `inference`.
+`resume` (of a turn that has ended), `response_events`, `paths` (older paths of routes), `forward` (one route answers
+with another's answer), and by noun the routes that are there for other clients: `models`, `tools`, `vectors`,
+`inference`.
 """

@@ -17,3 +17,17 @@ def client_version(headers: Mapping[str, str]) -> tuple[int, int] | None:
         if found := _VERSION.match(headers.get(name, "")):
             return int(found[1]), int(found[2])
     return None
+
+
+def is_llama_stack(headers: Mapping[str, str]) -> bool:
+    """Whether a llama-stack-client asks: Python's send their version, npm's name themselves."""
+    return "x-llamastack-client-version" in headers or _named(headers, "llamastack")
+
+
+def is_ogx(headers: Mapping[str, str]) -> bool:
+    """Whether an ogx-client asks, llama-stack-client's successor."""
+    return "x-ogx-client-version" in headers or _named(headers, "ogx")
+
+
+def _named(headers: Mapping[str, str], name: str) -> bool:
+    return headers.get("user-agent", "").removeprefix("Async").lower().startswith(name)
