@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from app.api import agents, conversations, errors, responses, sessions, turns
+from app.api import agents, conversations, errors, inference, responses, sessions, turns
 from app.api.compat import inference as compat_inference
 from app.api.compat import models, tools, vectors
 from app.api.compat.paths import CurrentPaths
@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
                 include_in_schema=prefix == "/v1alpha",
                 max_body_size=settings.request_max_bytes,
             )
-    for module in (conversations, responses):
+    for module in (conversations, inference, responses):
         app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
     for module in (models, tools, compat_inference):
         app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.domain.error_bodies import error_body, invalid_body
 from app.domain.errors import (
     CaravanError,
+    CompletionError,
     Conflict,
     InvalidRequest,
     KeyReused,
@@ -100,8 +101,14 @@ def _is_frameworks_own(message: Message) -> bool:
     return message["status"] == TOO_LARGE and kind.startswith("text/plain")
 
 
+def _status(error: Exception) -> int:
+    if isinstance(error, CompletionError):
+        return error.status
+    return next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+
+
 async def _error(request: Request, error: Exception) -> JSONResponse:
-    status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+    status = _status(error)
     headers = {}
     if isinstance(error, Unavailable | TooManyTurns):
         headers["Retry-After"] = "2"
@@ -109,8 +116,8 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status >= 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
-    param = error.param if isinstance(error, InvalidRequest) else None
-    return JSONResponse(error_body(request.url.path, status, str(error), param=param), status, headers)
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return JSONResponse(error_body(request.url.path, status, str(error), param=param, code=code), status, headers)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
