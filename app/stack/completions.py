@@ -90,9 +90,9 @@ async def ask(
             answer = await _asked(impls.get(Api.inference), endpoint, body)
         except Exception as error:
             raise completion_error(error, body) from error
-        if isinstance(answer, dict):
-            return answer
-        rest = _told(answer, body)
+        if not endpoint.streams(body):
+            return _named(answer, body["model"])
+        rest = _chunks(answer, body)
         return Begun(await anext(rest, None), rest)
 
 
@@ -106,25 +106,34 @@ def _provider_data(header: str | None) -> JSON | None:
     return data
 
 
-async def _asked(inference: Any, endpoint: Endpoint, body: JSON) -> JSON | AsyncIterator[JSON]:
+async def _asked(inference: Any, endpoint: Endpoint, body: JSON) -> Any:
     if inference is None:
         raise CompletionError("This server has no models: its configuration names no inference API.", 404)
-    model = body["model"]
-    provider, served_as = await inference._get_model_provider(model, endpoint.model_type)
+    provider, served_as = await inference._get_model_provider(body["model"], endpoint.model_type)
+    streams = endpoint.streams(body)
     if isinstance(provider, ModelServer):
-        answer = await provider.relay(endpoint.path, {**body, "model": served_as}, streams=endpoint.streams(body))
-    else:
-        answer = await getattr(inference, endpoint.method)(_typed(endpoint.request, body))
-    return _chunks(answer, model) if endpoint.streams(body) else _named(_plain(answer), model)
+        return await provider.relay(endpoint.path, {**body, "model": served_as}, streams=streams)
+    answer = await getattr(inference, endpoint.method)(_typed(endpoint.request, body))
+    return _in_context(answer) if streams else _plain(answer)
 
 
-async def _chunks(answer: Any, model: str) -> AsyncIterator[JSON]:
+async def _in_context(stream: Any) -> AsyncGenerator[JSON]:
+    """A provider may look into its context at every step, each of which is another task's."""
     try:
-        # A provider may look into its context at every step, each of which is a task of the server's.
-        async for chunk in preserve_contexts_async_generator(answer, [CURRENT_TRACE_CONTEXT, PROVIDER_DATA_VAR]):
-            yield _named(_plain(chunk), model)
+        async for chunk in preserve_contexts_async_generator(stream, [CURRENT_TRACE_CONTEXT, PROVIDER_DATA_VAR]):
+            yield _plain(chunk)
     finally:
-        await close_stream(answer)
+        await close_stream(stream)
+
+
+async def _chunks(stream: Any, body: JSON) -> AsyncGenerator[JSON]:
+    """Raises CompletionError for every trouble amid the stream."""
+    async with aclosing(stream):
+        try:
+            async for chunk in stream:
+                yield _named(chunk, body["model"])
+        except Exception as error:
+            raise completion_error(error, body) from error
 
 
 def _plain(answer: Any) -> JSON:
@@ -134,16 +143,6 @@ def _plain(answer: Any) -> JSON:
 def _named(answer: JSON, model: str) -> JSON:
     """As llama_stack's: under the name that the client knows the model by."""
     return {**answer, "model": model} if "model" in answer else answer
-
-
-async def _told(chunks: Any, body: JSON) -> AsyncGenerator[JSON]:
-    """Every trouble amid a stream as a CompletionError."""
-    async with aclosing(chunks):
-        try:
-            async for chunk in chunks:
-                yield chunk
-        except Exception as error:
-            raise completion_error(error, body) from error
 
 
 def _typed(kind: type[BaseModel], body: JSON) -> BaseModel:
