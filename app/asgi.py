@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from app.api import agents, conversations, errors, inference, responses, sessions, turns
+from app.api import agents, conversations, documentation, errors, inference, responses, sessions, turns
 from app.api.compat import inference as compat_inference
 from app.api.compat import models, tools, vectors
 from app.api.compat.paths import CurrentPaths
@@ -32,10 +32,6 @@ from app.telemetry import settle_memory
 from app.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
-
-DESCRIPTION = (
-    "Llama Stack agents on a Web-Queue-Worker pattern. The Llama Stack's other routes are served beside these."
-)
 
 
 def create_main(settings: Settings) -> FastAPI:
@@ -70,8 +66,13 @@ def create_app(settings: Settings) -> FastAPI:
                 yield
 
     app = FastAPI(
-        title="Caravan", description=DESCRIPTION, version=version("caravan-agents"), lifespan=lifespan, redoc_url=None
+        title="Caravan",
+        version=version("caravan-agents"),
+        lifespan=lifespan,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
+    documentation.install(app)
     for prefix in ("/v1", "/v1alpha"):
         for module in (agents, sessions, turns):
             app.include_router(

@@ -56,16 +56,25 @@ class ItemList(BaseModel):
     has_more: bool
 
 
+EXAMPLE = {"type": "message", "role": "user", "content": "Say hello."}
+
+
 class CreateConversation(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [EXAMPLE], "metadata": {"topic": "greeting"}}]})
+
     items: Items | None = None
     metadata: Metadata | None = None
 
 
 class UpdateConversation(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"metadata": {"topic": "farewell"}}]})
+
     metadata: Metadata | None
 
 
 class CreateItems(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [EXAMPLE]}]})
+
     items: Annotated[Items, Field(min_length=1)]
 
 

@@ -42,20 +42,16 @@ STATUSES: dict[type[CaravanError], int] = {
 }
 
 
-class ErrorDetail(BaseModel):
-    """What every error of ours says."""
-
-    detail: str
-
-
-def answers(model: type[BaseModel], also: Mapping[int, str] = MappingProxyType({})) -> dict[str, Any]:
+def answers(
+    model: type[BaseModel], also: Mapping[int, str] = MappingProxyType({}), headers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A route's answer as documented. Routes give plain JSON values in that shape: what is stored is sent as it is.
 
-    `also`: other statuses that come with the same model, and what they mean.
+    `also`: other statuses that come with the same model, and what they mean. Errors are `app.api.documentation`'s.
     """
-    documented: dict[int, Any] = {status: {"model": model, "description": meaning} for status, meaning in also.items()}
-    errors = {404: {"model": ErrorDetail}, 503: {"model": ErrorDetail}}
-    return {"response_model": None, "responses": {200: {"model": model}, **documented, **errors}}
+    documented = {status: {"model": model, "description": meaning} for status, meaning in also.items()}
+    answer = {"model": model, **({"headers": headers} if headers else {})}
+    return {"response_model": None, "responses": {200: answer, **documented}}
 
 
 def failure_status(failure: TurnFailure) -> int:

@@ -10,13 +10,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from llama_stack.apis.inference import (
+    OpenAIChatCompletion,
     OpenAIChatCompletionRequestWithExtraBody,
+    OpenAICompletion,
     OpenAICompletionRequestWithExtraBody,
     OpenAIEmbeddingsRequestWithExtraBody,
+    OpenAIEmbeddingsResponse,
 )
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
+from app.api.documentation import event_stream, refusals
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import EventStream
 from app.domain.error_bodies import openai_error
@@ -33,24 +37,45 @@ _LLAMA_STACK_CLIENT = re.compile(r"(Async)?LlamaStackClient/")
 Objects = list[dict[str, Any]]
 
 
+def _answers(model: type[Any], event: str | None = None, object_: str = "") -> JSON:
+    example = (
+        f'data: {{"id":"…","object":"{object_}","created":0,"model":"my-model","choices":[…]}}\n\ndata: [DONE]\n\n'
+    )
+    content = {"content": event_stream(event, example)} if event else {}
+    answer = {"model": model, "description": "The model server's own answer; with `stream: true` its chunks", **content}
+    return {"response_model": None, "responses": {200: answer, **refusals(404, 502, 504, "default")}}
+
+
+def _examples(**fields: Any) -> JSON:
+    return {"examples": [{"model": "my-model", **fields}]}
+
+
 # What the model server knows to be wrong is its business: it may know more than llama_stack's types.
 
 
 class ChatCompletionRequest(OpenAIChatCompletionRequestWithExtraBody):
+    model_config = ConfigDict(json_schema_extra=_examples(messages=[{"role": "user", "content": "Say hello."}]))
+
     messages: Annotated[Objects, Field(min_length=1)]
     response_format: dict[str, Any] | None = None
 
 
 class CompletionRequest(OpenAICompletionRequestWithExtraBody):
+    model_config = ConfigDict(json_schema_extra=_examples(prompt="Once upon a time", max_tokens=16))
+
     logprobs: int | bool | None = None
 
 
 class EmbeddingsRequest(OpenAIEmbeddingsRequestWithExtraBody):
+    model_config = ConfigDict(json_schema_extra=_examples(input=["A text", "Another one"]))
+
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: str | None = None
 
 
-@router.post("/chat/completions")
+@router.post(
+    "/chat/completions", **_answers(OpenAIChatCompletion, "OpenAIChatCompletionChunk", "chat.completion.chunk")
+)
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, service: CurrentService, owner: Owner
 ) -> Response:
@@ -58,7 +83,7 @@ async def create_chat_completion(
     return await _answer(CHAT, body, request, service, owner)
 
 
-@router.post("/completions")
+@router.post("/completions", **_answers(OpenAICompletion, "OpenAICompletion", "text_completion"))
 async def create_completion(
     body: CompletionRequest, request: Request, service: CurrentService, owner: Owner
 ) -> Response:
@@ -66,7 +91,7 @@ async def create_completion(
     return await _answer(TEXT, body, request, service, owner)
 
 
-@router.post("/embeddings")
+@router.post("/embeddings", **_answers(OpenAIEmbeddingsResponse))
 async def create_embeddings(
     body: EmbeddingsRequest, request: Request, service: CurrentService, owner: Owner
 ) -> Response:

@@ -10,9 +10,15 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
-from llama_stack.apis.agents.openai_responses import OpenAIDeleteResponseObject, OpenAIResponseObject
+from llama_stack.apis.agents.openai_responses import (
+    ListOpenAIResponseObject,
+    OpenAIDeleteResponseObject,
+    OpenAIResponseObject,
+)
 
 from app.api.agents import end_all
+from app.api.conversations import ItemList
+from app.api.documentation import event_stream, header_docs, refusals
 from app.api.errors import answers, failure_status
 from app.api.response_requests import CreateResponse, stored_request
 from app.api.service import JSON, CurrentService, Owner, Service
@@ -39,12 +45,16 @@ _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "model": OpenAIResponseObject,
         "description": "The response, or with `stream: true` its events: OpenAI's streaming events of Responses",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": event_stream(
+            "OpenAIResponseObjectStream",
+            'data: {"type":"response.output_text.delta","sequence_number":4,"delta":"Hello",…}\n\n',
+        ),
+        "headers": header_docs({"X-Turn-Id": "The turn that the response is"}),
     }
 }
 
 
-@router.post("/responses", response_model=None, responses=_STREAM)
+@router.post("/responses", response_model=None, responses=_STREAM | refusals(422, 424, 429, "4XX"))
 async def create_response(
     body: CreateResponse,
     request: Request,
@@ -129,7 +139,7 @@ async def _accept(service: Service, asked: ResponseSubmission) -> Accepted:
         return await resolved(once)
 
 
-@router.get("/responses", **answers(OpenAIResponseObject))
+@router.get("/responses", **answers(ListOpenAIResponseObject))
 async def list_responses(
     service: CurrentService,
     owner: Owner,
@@ -171,7 +181,7 @@ async def get_response(
     return _stream(service, owner, row.turn_id, {"X-Turn-Id": row.turn_id}, starting_after)
 
 
-@router.get("/responses/{response_id}/input_items", **answers(OpenAIResponseObject))
+@router.get("/responses/{response_id}/input_items", **answers(ItemList))
 async def list_input_items(
     response_id: str,
     service: CurrentService,
