@@ -21,17 +21,17 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from llama_stack.apis.agents import AgentTurnResponseStreamChunk
 from llama_stack.apis.agents.openai_responses import OpenAIResponseObjectStream
-from llama_stack.apis.inference import OpenAIChatCompletionChunk, OpenAICompletion
 from pydantic import BaseModel, TypeAdapter
 
 from app.domain.error_bodies import is_openai
+from app.stack.chunks import Chunk, TextCompletion
 
 JSON = dict[str, Any]
 REF = "#/components/schemas/"
 EVENTS: dict[str, Any] = {
     "AgentTurnResponseStreamChunk": AgentTurnResponseStreamChunk,
-    "OpenAIChatCompletionChunk": OpenAIChatCompletionChunk,
-    "OpenAICompletion": OpenAICompletion,
+    "ChatCompletionChunk": Chunk,
+    "TextCompletion": TextCompletion,
     "OpenAIResponseObjectStream": OpenAIResponseObjectStream,
 }
 
@@ -173,9 +173,22 @@ def header_docs(meanings: dict[str, str]) -> JSON:
     return {name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in meanings.items()}
 
 
-def event_stream(event: str, example: str) -> JSON:
-    """The content of an answer that is a stream; `event`, of `EVENTS`, is what each event's data are."""
-    schema = {"type": "string", "contentMediaType": "text/event-stream", "contentSchema": {"$ref": REF + event}}
+def event_stream(event: str, example: str, *, error: str = "FailedTurn", end: str | None = None) -> JSON:
+    """The content of an answer that is a stream: each event's data are an `event`, of `EVENTS`; the last one's may be
+    an `error`, or the text `end`.
+
+    The schema is of one event, as OpenAPI 3.2's `itemSchema`, which 3.1 has not.
+    """
+    content = {"anyOf": [{"$ref": REF + event}, {"$ref": REF + error}]}
+    data: JSON = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    if end:
+        data = {"anyOf": [{"const": end}, data]}
+    schema = {
+        "type": "object",
+        "description": "One event",
+        "properties": {"id": {"type": "string"}, "data": data},
+        "required": ["data"],
+    }
     return {"text/event-stream": {"schema": schema, "example": example}}
 
 
@@ -217,7 +230,7 @@ def _models() -> JSON:
     adapters = [(name, "serialization", TypeAdapter(kind)) for name, kind in kinds.items()]
     schemas, shared = TypeAdapter.json_schemas(adapters, ref_template=REF + "{model}")
     named = {name: schemas[name, "serialization"] for name, _, _ in adapters}
-    return {**{name: schema for name, schema in named.items() if "$ref" not in schema}, **shared["$defs"]}
+    return {**named, **shared["$defs"]}
 
 
 def _operations(schema: JSON) -> Iterator[tuple[str, JSON]]:

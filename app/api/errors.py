@@ -43,15 +43,20 @@ STATUSES: dict[type[CaravanError], int] = {
 
 
 def answers(
-    model: type[BaseModel], also: Mapping[int, str] = MappingProxyType({}), headers: Mapping[str, Any] | None = None
+    model: type[BaseModel],
+    also: Mapping[int, str] = MappingProxyType({}),
+    *,
+    headers: Mapping[str, Any] | None = None,
+    errors: Mapping[int | str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A route's answer as documented. Routes give plain JSON values in that shape: what is stored is sent as it is.
 
-    `also`: other statuses that come with the same model, and what they mean. Errors are `app.api.documentation`'s.
+    `also`: other statuses that come with the same model, and what they mean. `errors`: of its own, beside those that
+    `app.api.documentation` adds.
     """
     documented = {status: {"model": model, "description": meaning} for status, meaning in also.items()}
     answer = {"model": model, **({"headers": headers} if headers else {})}
-    return {"response_model": None, "responses": {200: answer, **documented}}
+    return {"response_model": None, "responses": {200: answer, **documented, **errors}}
 
 
 def failure_status(failure: TurnFailure) -> int:

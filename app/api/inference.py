@@ -10,9 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from llama_stack.apis.inference import (
-    OpenAIChatCompletion,
     OpenAIChatCompletionRequestWithExtraBody,
-    OpenAICompletion,
     OpenAICompletionRequestWithExtraBody,
     OpenAIEmbeddingsRequestWithExtraBody,
     OpenAIEmbeddingsResponse,
@@ -25,6 +23,7 @@ from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import EventStream
 from app.domain.error_bodies import openai_error
 from app.domain.errors import CaravanError, CompletionError
+from app.stack.chunks import ChatCompletion, TextCompletion
 from app.stack.completions import CHAT, EMBEDDINGS, TEXT, Begun, Endpoint
 from app.stack.mounted import StackApp
 
@@ -41,7 +40,7 @@ def _answers(model: type[Any], event: str | None = None, object_: str = "") -> J
     example = (
         f'data: {{"id":"…","object":"{object_}","created":0,"model":"my-model","choices":[…]}}\n\ndata: [DONE]\n\n'
     )
-    content = {"content": event_stream(event, example)} if event else {}
+    content = {"content": event_stream(event, example, error="OpenAIError", end="[DONE]")} if event else {}
     answer = {"model": model, "description": "The model server's own answer; with `stream: true` its chunks", **content}
     return {"response_model": None, "responses": {200: answer, **refusals(404, 502, 504, "default")}}
 
@@ -73,9 +72,7 @@ class EmbeddingsRequest(OpenAIEmbeddingsRequestWithExtraBody):
     encoding_format: str | None = None
 
 
-@router.post(
-    "/chat/completions", **_answers(OpenAIChatCompletion, "OpenAIChatCompletionChunk", "chat.completion.chunk")
-)
+@router.post("/chat/completions", **_answers(ChatCompletion, "ChatCompletionChunk", "chat.completion.chunk"))
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, service: CurrentService, owner: Owner
 ) -> Response:
@@ -83,7 +80,7 @@ async def create_chat_completion(
     return await _answer(CHAT, body, request, service, owner)
 
 
-@router.post("/completions", **_answers(OpenAICompletion, "OpenAICompletion", "text_completion"))
+@router.post("/completions", **_answers(TextCompletion, "TextCompletion", "text_completion"))
 async def create_completion(
     body: CompletionRequest, request: Request, service: CurrentService, owner: Owner
 ) -> Response:

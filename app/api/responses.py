@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from llama_stack.apis.agents.openai_responses import (
-    ListOpenAIResponseObject,
     OpenAIDeleteResponseObject,
     OpenAIResponseObject,
+    OpenAIResponseObjectWithInput,
 )
+from pydantic import BaseModel
 
 from app.api.agents import end_all
 from app.api.conversations import ItemList
@@ -52,6 +53,16 @@ _STREAM: dict[int | str, dict[str, Any]] = {
         "headers": header_docs({"X-Turn-Id": "The turn that the response is"}),
     }
 }
+
+
+class ResponseList(BaseModel):
+    """One page of responses."""
+
+    object: Literal["list"]
+    data: list[OpenAIResponseObjectWithInput]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 @router.post("/responses", response_model=None, responses=_STREAM | refusals(422, 424, 429, "4XX"))
@@ -139,7 +150,7 @@ async def _accept(service: Service, asked: ResponseSubmission) -> Accepted:
         return await resolved(once)
 
 
-@router.get("/responses", **answers(ListOpenAIResponseObject))
+@router.get("/responses", **answers(ResponseList, errors=refusals(404)))
 async def list_responses(
     service: CurrentService,
     owner: Owner,
