@@ -83,9 +83,13 @@ def create_app(settings: Settings) -> FastAPI:
             )
     for module in (conversations, inference, responses):
         app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
+    # As the Llama Stack's own routes, which they stand for, these are not described.
     for module in (models, tools, compat_inference):
-        app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
-    app.include_router(vectors.router, prefix="/v1")  # documents have no limit there, as with the Llama Stack's routes
+        app.include_router(
+            module.router, prefix="/v1", include_in_schema=False, max_body_size=settings.request_max_bytes
+        )
+    # Documents have no limit there, as with the Llama Stack's routes.
+    app.include_router(vectors.router, prefix="/v1", include_in_schema=False)
     app.add_middleware(CurrentPaths)
     errors.install(app, settings.request_max_bytes)
     app.add_middleware(Identification, keys=Keys(settings.api_keys))

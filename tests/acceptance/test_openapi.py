@@ -71,6 +71,9 @@ class World:
             "response_id": self._make("/v1/responses", {"model": "scripted", "input": "SAY hi"})["id"],
         }
 
+    def known(self, path_parameters: Any) -> dict[str, Any]:
+        return {name: self.ids.get(name, given) for name, given in (path_parameters or {}).items()}
+
     def with_known_model(self, path: str, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
@@ -97,7 +100,7 @@ def ask(operation: APIOperation[Any, Any, Any], mode: GenerationMode, world: Wor
         nonlocal sent
         sent += 1
         if world:
-            case.path_parameters = {name: world.ids[name] for name in case.path_parameters or ()}
+            case.path_parameters = world.known(case.path_parameters)
             case.body = world.with_known_model(operation.path, case.body)
         answer = case.call(timeout=SECONDS)
         if world and case.method == "DELETE" and answer.status_code < 300:
