@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from llama_stack.apis.agents import Agent, AgentConfig, AgentCreateResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.config import JsonDict
 
 from app.api.compat.agents import with_schemas
 from app.api.compat.dialect import CurrentDialect
@@ -23,7 +24,7 @@ from app.store.agents import AgentRow
 router = APIRouter(tags=["Agents"])
 
 DELETED = TurnFailure("deleted", "The agent, session or conversation of this turn was deleted.")
-EXAMPLE = {
+EXAMPLE: JsonDict = {
     "model": "my-model",
     "instructions": "You are helpful.",
     "client_tools": [

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse
 from llama_stack.apis.conversations import Conversation, ConversationDeletedResource
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from app.api.agents import end_all
 from app.api.errors import answers
@@ -56,7 +57,7 @@ class ItemList(BaseModel):
     has_more: bool
 
 
-EXAMPLE = {"type": "message", "role": "user", "content": "Say hello."}
+EXAMPLE: JsonDict = {"type": "message", "role": "user", "content": "Say hello."}
 
 
 class CreateConversation(BaseModel):

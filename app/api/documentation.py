@@ -15,7 +15,7 @@ tests/acceptance/test_openapi.py asks every route for what is documented, and fa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -227,9 +227,10 @@ def _complete(schema: JSON) -> JSON:
 def _models() -> JSON:
     """The schemas of what no route answers with as a whole, and of what they consist of."""
     kinds = EVENTS | {kind.__name__: kind for kind in ERRORS}
-    adapters = [(name, "serialization", TypeAdapter(kind)) for name, kind in kinds.items()]
+    written: Literal["serialization"] = "serialization"
+    adapters = [(name, written, TypeAdapter(kind)) for name, kind in kinds.items()]
     schemas, shared = TypeAdapter.json_schemas(adapters, ref_template=REF + "{model}")
-    named = {name: schemas[name, "serialization"] for name, _, _ in adapters}
+    named = {name: schemas[name, written] for name, _, _ in adapters}
     return {**named, **shared["$defs"]}
 
 

@@ -17,6 +17,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import Failure, FailureGroup
+from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -83,7 +84,7 @@ class World:
         return {**body, **model} if isinstance(body.get("model"), str) else body
 
 
-def ask(operation: APIOperation[Any, Any, Any], mode: GenerationMode, world: World | None, cases: int) -> int:
+def ask(operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, world: World | None, cases: int) -> int:
     """Sends so many requests, or as many as there are, and checks the answers; gives how many it sent."""
     sent = 0
 
@@ -96,7 +97,7 @@ def ask(operation: APIOperation[Any, Any, Any], mode: GenerationMode, world: Wor
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def check(case: Case) -> None:
+    def check(case: Case[Any]) -> None:
         nonlocal sent
         sent += 1
         if world:
@@ -118,7 +119,9 @@ def examine(caravan: Caravan, each: int) -> tuple[int, list[str]]:
     sent, wrong = 0, []
     with httpx.Client(base_url=caravan.url, timeout=SECONDS) as http:
         world = World(http)
-        for operation in [found.ok() for found in schema.get_all_operations()]:
+        for found in schema.get_all_operations():
+            assert isinstance(found, Ok), found
+            operation = found.ok()
             for mode, existing in [*((mode, world) for mode in MODES), (GenerationMode.POSITIVE, None)]:
                 try:
                     sent += ask(operation, mode, existing, each)
