@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from app.api import agents, conversations, errors, responses, sessions, turns
+from app.api import agents, conversations, documentation, errors, inference, responses, sessions, turns
 from app.api.compat import inference as compat_inference
 from app.api.compat import models, tools, vectors
 from app.api.compat.paths import CurrentPaths
@@ -32,10 +32,6 @@ from app.telemetry import settle_memory
 from app.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
-
-DESCRIPTION = (
-    "Llama Stack agents on a Web-Queue-Worker pattern. The Llama Stack's other routes are served beside these."
-)
 
 
 def create_main(settings: Settings) -> FastAPI:
@@ -70,8 +66,13 @@ def create_app(settings: Settings) -> FastAPI:
                 yield
 
     app = FastAPI(
-        title="Caravan", description=DESCRIPTION, version=version("caravan-agents"), lifespan=lifespan, redoc_url=None
+        title="Caravan",
+        version=version("caravan-agents"),
+        lifespan=lifespan,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
+    documentation.install(app)
     for prefix in ("/v1", "/v1alpha"):
         for module in (agents, sessions, turns):
             app.include_router(
@@ -80,11 +81,15 @@ def create_app(settings: Settings) -> FastAPI:
                 include_in_schema=prefix == "/v1alpha",
                 max_body_size=settings.request_max_bytes,
             )
-    for module in (conversations, responses):
+    for module in (conversations, inference, responses):
         app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
+    # As the Llama Stack's own routes, which they stand for, these are not described.
     for module in (models, tools, compat_inference):
-        app.include_router(module.router, prefix="/v1", max_body_size=settings.request_max_bytes)
-    app.include_router(vectors.router, prefix="/v1")  # documents have no limit there, as with the Llama Stack's routes
+        app.include_router(
+            module.router, prefix="/v1", include_in_schema=False, max_body_size=settings.request_max_bytes
+        )
+    # Documents have no limit there, as with the Llama Stack's routes.
+    app.include_router(vectors.router, prefix="/v1", include_in_schema=False)
     app.add_middleware(CurrentPaths)
     errors.install(app, settings.request_max_bytes)
     app.add_middleware(Identification, keys=Keys(settings.api_keys))

@@ -18,7 +18,14 @@ from app.local.valkey import Valkey
 from app.store import migrate
 from tests.support.scripted_model import ScriptedModel
 
-SHARE_PROCESSES = ("test_agents.py", "test_cancel.py", "test_compat.py", "test_turn_pool.py", "test_turns.py")
+SHARE_PROCESSES = (
+    "test_agents.py",
+    "test_cancel.py",
+    "test_compat.py",
+    "test_openapi.py",
+    "test_turn_pool.py",
+    "test_turns.py",
+)
 """They use the same web process and workers, which are slow to start."""
 
 

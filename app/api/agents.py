@@ -7,8 +7,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from llama_stack.apis.agents import Agent, AgentConfig, AgentCreateResponse
-from llama_stack.apis.common.responses import PaginatedResponse
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.config import JsonDict
 
 from app.api.compat.agents import with_schemas
 from app.api.compat.dialect import CurrentDialect
@@ -24,11 +24,35 @@ from app.store.agents import AgentRow
 router = APIRouter(tags=["Agents"])
 
 DELETED = TurnFailure("deleted", "The agent, session or conversation of this turn was deleted.")
+EXAMPLE: JsonDict = {
+    "model": "my-model",
+    "instructions": "You are helpful.",
+    "client_tools": [
+        {
+            "name": "temperature",
+            "description": "How warm it is in a city, in °C",
+            "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        }
+    ],
+    "toolgroups": [],
+    "max_infer_iters": 10,
+    "sampling_params": {"strategy": {"type": "greedy"}, "max_tokens": 512},
+}
 PageStart = Annotated[int, Query(ge=0, le=2**31 - 1)]
 PageLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
+class Page[T](BaseModel):
+    """Part of a list; the next part begins at `start_index` plus the number of `data`."""
+
+    data: list[T]
+    has_more: bool
+    url: str | None = None
+
+
 class CreateAgent(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"agent_config": EXAMPLE}]})
+
     agent_config: Annotated[AgentConfig, BeforeValidator(with_schemas)]
 
 
@@ -42,7 +66,7 @@ async def create_agent(body: CreateAgent, service: CurrentService, owner: Owner)
     return {"agent_id": agent_id}
 
 
-@router.get("/agents", **answers(PaginatedResponse))
+@router.get("/agents", **answers(Page[Agent]))
 async def list_agents(
     request: Request,
     service: CurrentService,

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse
 from llama_stack.apis.conversations import Conversation, ConversationDeletedResource
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from app.api.agents import end_all
 from app.api.compat.version import is_llama_stack
@@ -57,16 +58,25 @@ class ItemList(BaseModel):
     has_more: bool
 
 
+EXAMPLE: JsonDict = {"type": "message", "role": "user", "content": "Say hello."}
+
+
 class CreateConversation(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [EXAMPLE], "metadata": {"topic": "greeting"}}]})
+
     items: Items | None = None
     metadata: Metadata | None = None
 
 
 class UpdateConversation(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"metadata": {"topic": "farewell"}}]})
+
     metadata: Metadata | None
 
 
 class CreateItems(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [EXAMPLE]}]})
+
     items: Annotated[Items, Field(min_length=1)]
 
 

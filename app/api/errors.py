@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.domain.error_bodies import error_body, invalid_body
 from app.domain.errors import (
     CaravanError,
+    CompletionError,
     Conflict,
     InvalidRequest,
     KeyReused,
@@ -41,20 +42,21 @@ STATUSES: dict[type[CaravanError], int] = {
 }
 
 
-class ErrorDetail(BaseModel):
-    """What every error of ours says."""
-
-    detail: str
-
-
-def answers(model: type[BaseModel], also: Mapping[int, str] = MappingProxyType({})) -> dict[str, Any]:
+def answers(
+    model: type[BaseModel],
+    also: Mapping[int, str] = MappingProxyType({}),
+    *,
+    headers: Mapping[str, Any] | None = None,
+    errors: Mapping[int | str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """A route's answer as documented. Routes give plain JSON values in that shape: what is stored is sent as it is.
 
-    `also`: other statuses that come with the same model, and what they mean.
+    `also`: other statuses that come with the same model, and what they mean. `errors`: of its own, beside those that
+    `app.api.documentation` adds.
     """
-    documented: dict[int, Any] = {status: {"model": model, "description": meaning} for status, meaning in also.items()}
-    errors = {404: {"model": ErrorDetail}, 503: {"model": ErrorDetail}}
-    return {"response_model": None, "responses": {200: {"model": model}, **documented, **errors}}
+    documented = {status: {"model": model, "description": meaning} for status, meaning in also.items()}
+    answer = {"model": model, **({"headers": headers} if headers else {})}
+    return {"response_model": None, "responses": {200: answer, **documented, **errors}}
 
 
 def failure_status(failure: TurnFailure) -> int:
@@ -100,8 +102,14 @@ def _is_frameworks_own(message: Message) -> bool:
     return message["status"] == TOO_LARGE and kind.startswith("text/plain")
 
 
+def _status(error: Exception) -> int:
+    if isinstance(error, CompletionError):
+        return error.status
+    return next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+
+
 async def _error(request: Request, error: Exception) -> JSONResponse:
-    status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+    status = _status(error)
     headers = {}
     if isinstance(error, Unavailable | TooManyTurns):
         headers["Retry-After"] = "2"
@@ -109,8 +117,8 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status >= 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
-    param = error.param if isinstance(error, InvalidRequest) else None
-    return JSONResponse(error_body(request.url.path, status, str(error), param=param), status, headers)
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return JSONResponse(error_body(request.url.path, status, str(error), param=param, code=code), status, headers)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

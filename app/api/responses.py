@@ -10,11 +10,18 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
-from llama_stack.apis.agents.openai_responses import OpenAIDeleteResponseObject, OpenAIResponseObject
+from llama_stack.apis.agents.openai_responses import (
+    OpenAIDeleteResponseObject,
+    OpenAIResponseObject,
+    OpenAIResponseObjectWithInput,
+)
+from pydantic import BaseModel
 
 from app.api.agents import end_all
 from app.api.compat.response_events import with_llama_stack_names
 from app.api.compat.version import is_llama_stack, is_ogx
+from app.api.conversations import ItemList
+from app.api.documentation import event_stream, header_docs, refusals
 from app.api.errors import answers, failure_status
 from app.api.response_requests import CreateResponse, stored_request
 from app.api.service import JSON, CurrentService, Owner, Service
@@ -41,12 +48,26 @@ _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "model": OpenAIResponseObject,
         "description": "The response, or with `stream: true` its events: OpenAI's streaming events of Responses",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": event_stream(
+            "OpenAIResponseObjectStream",
+            'data: {"type":"response.output_text.delta","sequence_number":4,"delta":"Hello",…}\n\n',
+        ),
+        "headers": header_docs({"X-Turn-Id": "The turn that the response is"}),
     }
 }
 
 
-@router.post("/responses", response_model=None, responses=_STREAM)
+class ResponseList(BaseModel):
+    """One page of responses."""
+
+    object: Literal["list"]
+    data: list[OpenAIResponseObjectWithInput]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+@router.post("/responses", response_model=None, responses=_STREAM | refusals(422, 424, 429, "4XX"))
 async def create_response(
     body: CreateResponse,
     request: Request,
@@ -131,7 +152,7 @@ async def _accept(service: Service, asked: ResponseSubmission) -> Accepted:
         return await resolved(once)
 
 
-@router.get("/responses", **answers(OpenAIResponseObject))
+@router.get("/responses", **answers(ResponseList, errors=refusals(404)))
 async def list_responses(
     service: CurrentService,
     owner: Owner,
@@ -174,7 +195,7 @@ async def get_response(
     return _stream(service, owner, row.turn_id, {"X-Turn-Id": row.turn_id}, _names(request), starting_after)
 
 
-@router.get("/responses/{response_id}/input_items", **answers(OpenAIResponseObject))
+@router.get("/responses/{response_id}/input_items", **answers(ItemList))
 async def list_input_items(
     response_id: str,
     service: CurrentService,

@@ -7,10 +7,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from llama_stack.apis.agents import AgentSessionCreateResponse, Session
-from llama_stack.apis.common.responses import PaginatedResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.agents import PageLimit, PageStart, end_all
+from app.api.agents import Page, PageLimit, PageStart, end_all
 from app.api.compat.dialect import CurrentDialect
 from app.api.errors import answers
 from app.api.identifiers import AgentId, SessionId, parsed
@@ -25,6 +24,8 @@ router = APIRouter(tags=["Agents"])
 
 
 class CreateSession(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"session_name": "Monday"}]})
+
     session_name: Annotated[str, Field(max_length=10_000)]
 
 
@@ -37,7 +38,7 @@ async def create_session(agent_id: AgentId, body: CreateSession, service: Curren
     return {"session_id": session_id}
 
 
-@router.get("/agents/{agent_id}/sessions", **answers(PaginatedResponse))
+@router.get("/agents/{agent_id}/sessions", **answers(Page[Session]))
 async def list_sessions(
     agent_id: AgentId,
     request: Request,

@@ -35,7 +35,7 @@ from the sender, and up to a second later from uvicorn's supervisor."""
 FLUSH_SECONDS = 1.0
 """What clients get to read the end of an answer that was given in time."""
 
-_TURN_STREAMS = re.compile(r"/agents/[^/]+/session/[^/]+/turn(/[^/]+/(resume|events))?$")
+_STREAMS = re.compile(r"/agents/[^/]+/session/[^/]+/turn(/[^/]+/(resume|events))?$|/completions$")
 
 
 class Cut(Exception):
@@ -150,7 +150,7 @@ def _running_uvicorn() -> uvicorn.Server | None:
 
 
 class Requests:
-    """ASGI middleware: refuses new streams of turns while the process stops, and cuts connections."""
+    """ASGI middleware: refuses new streams while the process stops, and cuts connections."""
 
     def __init__(self, app: ASGIApp, stop: GracefulStop) -> None:
         self._app = app
@@ -159,7 +159,7 @@ class Requests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif self._stop.stopping and _TURN_STREAMS.search(scope["path"]):
+        elif self._stop.stopping and _STREAMS.search(scope["path"]):
             await _refusal(scope["path"])(scope, receive, send)
         else:
             await self._answer(scope, receive, send)

@@ -1,4 +1,4 @@
-"""A turn's events as Server-Sent Events, safe for every SDK (docs/api.md says which breaks on what).
+"""Server-Sent Events, safe for every SDK (docs/api.md says which breaks on what).
 
 LF line ends; ids; comments without a blank line, because one with it, after an `id:`, breaks every Python SDK.
 """
@@ -32,22 +32,22 @@ class Sendable(Protocol):
     def sse(self) -> bytes: ...
 
 
-class TurnStream(EventSourceResponse):
-    """Sends batches of events; a comment after `ping_seconds`; cuts off a client that does not take them.
+class EventStream(EventSourceResponse):
+    """Sends events as they were written; a comment after `ping_seconds`; cuts off a client that does not take them.
 
     Raises Cut: the stream cannot be ended as if it were complete.
     """
 
     def __init__(
         self,
-        batches: AsyncIterator[Sequence[Sendable]],
+        events: AsyncIterator[bytes],
         *,
         ping_seconds: float,
         send_timeout_seconds: float,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
-            _encoded(batches),
+            events,
             ping=ping_seconds,
             sep="\n",
             ping_message_factory=_ping,
@@ -56,8 +56,18 @@ class TurnStream(EventSourceResponse):
         self._send_timeout = send_timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, _PacedSend(send, self._send_timeout))
+
+
+class TurnStream(EventStream):
+    """Batches of a turn's events."""
+
+    def __init__(self, batches: AsyncIterator[Sequence[Sendable]], **options: Any) -> None:
+        super().__init__(_encoded(batches), **options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, _PacedSend(send, self._send_timeout))
+            await super().__call__(scope, receive, send)
         except NotFound as error:
             raise Cut(f"deleted meanwhile: {error}") from error
 
@@ -77,6 +87,9 @@ class _PacedSend:
         async with self._turn:
             for start in range(0, len(body) or 1, PIECE_BYTES):
                 await self._in_time({**message, "body": body[start : start + PIECE_BYTES]} if body else message)
+        # Where there is always more to send, nothing else waits: other streams would never have their turn, and
+        # anyio would never find a moment to cancel this one, though its client has left.
+        await asyncio.sleep(0)
 
     async def _in_time(self, message: Message) -> None:
         try:

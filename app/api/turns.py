@@ -15,10 +15,11 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from llama_stack.apis.agents import AgentStepResponse, AgentToolGroup, Document, Turn
 from llama_stack.apis.inference import ToolConfig, ToolResponse, ToolResponseMessage, UserMessage
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.compat import resume
 from app.api.compat.dialect import CurrentDialect, Dialect
+from app.api.documentation import LEG_HEADERS, TURN_HEADERS, event_stream, header_docs, refusals
 from app.api.errors import answers, failure_status
 from app.api.identifiers import AgentId, SessionId, StepId, TurnId
 from app.api.service import JSON, CurrentService, Owner, Service
@@ -44,6 +45,19 @@ TURN_PATH = "/agents/{agent_id}/session/{session_id}/turn"
 
 
 class CreateTurn(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": True},
+                {
+                    "messages": [{"role": "user", "content": "What does it say?"}],
+                    "documents": [{"content": "It says hello.", "mime_type": "text/plain"}],
+                    "stream": False,
+                },
+            ]
+        }
+    )
+
     messages: Annotated[list[UserMessage | ToolResponseMessage], Field(min_length=1)]
     stream: bool | None = False
     documents: list[Document] | None = None
@@ -57,14 +71,39 @@ class CreateTurn(BaseModel):
 
 
 class ResumeTurn(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "tool_responses": [{"call_id": "call_1", "tool_name": "temperature", "content": "31 °C"}],
+                    "stream": True,
+                }
+            ]
+        }
+    )
+
     tool_responses: list[ToolResponse]
     stream: bool | None = False
 
 
-_STREAM: dict[int | str, dict[str, Any]] = {
+_EVENTS = event_stream(
+    "AgentTurnResponseStreamChunk",
+    'id: 1-1\ndata: {"event":{"payload":{"event_type":"step_start","step_type":"inference","step_id":"…"}}}\n\n',
+)
+_LEG: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The turn, or with `stream: true` its events: `AgentTurnResponseStreamChunk`s",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "model": Turn,
+        "description": "The turn, or with `stream: true` its events until this leg of it ends",
+        "content": _EVENTS,
+        "headers": header_docs(LEG_HEADERS | TURN_HEADERS),
+    },
+    **refusals(409, 422, 424, "4XX"),
+}
+_FOLLOWED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The turn's events",
+        "content": _EVENTS,
+        "headers": header_docs({"X-Turn-Id": LEG_HEADERS["X-Turn-Id"]}),
     }
 }
 
@@ -81,7 +120,7 @@ IdempotencyKey = Annotated[
 RetryCount = Annotated[int, Header(include_in_schema=False)]
 
 
-@router.post(TURN_PATH, response_model=None, responses=_STREAM)
+@router.post(TURN_PATH, response_model=None, responses=_LEG | refusals(429))
 async def create_turn(
     agent_id: AgentId,
     session_id: SessionId,
@@ -146,7 +185,7 @@ async def resolved(again: Callable[[], Awaitable[Accepted]]) -> Accepted:
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
 
 
-@router.post(TURN_PATH + "/{turn_id}/resume", response_model=None, responses=_STREAM)
+@router.post(TURN_PATH + "/{turn_id}/resume", response_model=None, responses=_LEG)
 async def resume_turn(
     agent_id: AgentId,
     session_id: SessionId,
@@ -281,7 +320,7 @@ def _stream(service: Service, batches: AsyncIterator[list[Event]], headers: dict
     )
 
 
-@router.get(TURN_PATH + "/{turn_id}", **answers(Turn))
+@router.get(TURN_PATH + "/{turn_id}", **answers(Turn, headers=header_docs(TURN_HEADERS)))
 async def get_turn(
     agent_id: AgentId,
     session_id: SessionId,
@@ -317,7 +356,7 @@ async def get_step(
     raise NotFound("Step", step_id)
 
 
-@router.get(TURN_PATH + "/{turn_id}/events", responses=_STREAM, response_class=Response)
+@router.get(TURN_PATH + "/{turn_id}/events", responses=_FOLLOWED, response_class=Response)
 async def follow_turn(
     agent_id: AgentId,
     session_id: SessionId,

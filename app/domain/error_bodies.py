@@ -42,11 +42,16 @@ def openai_error(status: int, message: str, *, param: str | None = None, code: s
 def invalid_body(path: str, errors: Sequence[Mapping[str, Any]], body: object) -> dict[str, Any]:
     """The body of a 400 for pydantic's errors of a request with this (parsed) body."""
     if is_openai(path):
-        param = _param(errors[0], body)
-        message = f"{param}: {errors[0]['msg']}" if param else str(errors[0]["msg"])
+        message, param = first_problem(errors, body)
         return error_body(path, 400, message, param=param)
     told = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in errors]
     return {"error": {"detail": {"errors": told}}}
+
+
+def first_problem(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
+    """(message, param) of the first of pydantic's errors of a request with this body."""
+    param = _param(errors[0], body)
+    return (f"{param}: {errors[0]['msg']}" if param else str(errors[0]["msg"])), param
 
 
 def _param(error: Mapping[str, Any], body: object) -> str | None:

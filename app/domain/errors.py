@@ -57,6 +57,19 @@ class Unavailable(CaravanError):
     """A server that this needs cannot be reached; worth trying again later (503)."""
 
 
+class CompletionError(CaravanError):
+    """A model refused a completion or failed at it. `status` is what HTTP clients get: the model server's, or ours.
+
+    `param` and `code` are OpenAI's, where the model server gave them.
+    """
+
+    def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
 class OutcomeUnknown(Unavailable):
     """The server went away while it was told to commit: it may have done so, may do so yet, or never will."""
 

@@ -32,6 +32,7 @@ from llama_stack.providers.datatypes import Api
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from app.stack.chunks import (
+    UNFINISHED,
     ChatCompletion,
     Chunk,
     ModelError,
@@ -122,6 +123,23 @@ class ModelServer:
     async def openai_embeddings(self, params: OpenAIEmbeddingsRequestWithExtraBody) -> OpenAIEmbeddingsResponse:
         return await _whole(await self._ask("/embeddings", _body(params)), OpenAIEmbeddingsResponse)
 
+    async def relay(
+        self, path: str, body: dict[str, Any], *, streams: bool
+    ) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
+        """The server's own answer to a client's own request, or its chunks; neither is looked into.
+
+        Closing the iterator, or cancelling the task that waits for it, closes the connection to the server at once.
+        """
+        response = await self._ask(path, body)
+        if streams:
+            return _stream(response, _objects(blocks := response.content.iter_any()), blocks)
+        try:
+            return parse_event(await response.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _broken(error) from error
+        finally:
+            response.close()
+
     async def _ask(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """The head of a successful answer. Its body is still to be read, and the answer to be closed."""
         try:
@@ -185,10 +203,17 @@ async def _stream[T](
 
 
 async def _objects(blocks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """Raises ModelError, also if the server ended before any choice was finished."""
+    finished = False
     async for data in read_events(blocks):
         if data == b"[DONE]":
             return
-        yield parse_event(data)
+        event = parse_event(data)
+        choices = event.get("choices") or ()
+        finished = finished or any(choice.get("finish_reason") for choice in choices if isinstance(choice, dict))
+        yield event
+    if not finished:
+        raise ModelError(UNFINISHED)
 
 
 async def _whole[T: BaseModel](response: aiohttp.ClientResponse, kind: type[T]) -> T:

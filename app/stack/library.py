@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any
 
 import llama_stack.core.routers as routers
@@ -25,6 +25,7 @@ import llama_stack.providers.utils.telemetry.trace_protocol as trace_protocol
 from llama_stack.core.datatypes import StackRunConfig
 from llama_stack.core.distribution import get_provider_registry
 from llama_stack.core.resolver import resolve_impls
+from llama_stack.core.routers.inference import InferenceRouter
 from llama_stack.core.routing_tables.common import CommonRoutingTableImpl
 from llama_stack.core.stack import (
     _initialize_storage,
@@ -104,15 +105,36 @@ def _is_ours(config: StackRunConfig) -> bool:
     return any(provider.module == MODULE for providers in config.providers.values() for provider in providers)
 
 
+_stream_chat = InferenceRouter.stream_tokens_and_compute_metrics_openai_chat
+
+
 def _prepare() -> None:
     """Replace, once in a process, what does not depend on a stack's configuration."""
     quiet_logging()
     access.enforce()
     # The original holds a connection for each store, blocks the loop with it, and never opens it again.
     kvstore_postgres.PostgresKVStoreImpl = postgres.KeyValueStore
+    InferenceRouter.stream_tokens_and_compute_metrics_openai_chat = _closing_stream
     # The original makes an engine for every table it creates, each of which leaves a connection open for good.
     if SqlAlchemySqlStoreImpl.create_engine.__module__ != postgres.__name__:
         SqlAlchemySqlStoreImpl.create_engine = postgres.shared_engine(SqlAlchemySqlStoreImpl.create_engine)
+
+
+async def close_stream(stream: Any) -> None:
+    """Hangs up on the model. The openai SDK's stream, which some providers hand out, has no `aclose`."""
+    await (stream.aclose() if hasattr(stream, "aclose") else stream.close())
+
+
+async def _closing_stream(
+    self: InferenceRouter, response: AsyncIterator[Any], *args: Any, **kwargs: Any
+) -> AsyncIterator[Any]:
+    # The original leaves the provider's stream to the garbage collector, and with it the connection.
+    try:
+        async with aclosing(_stream_chat(self, response, *args, **kwargs)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+    finally:
+        await close_stream(response)
 
 
 def quiet_logging() -> None:

@@ -1,4 +1,5 @@
-"""llama_stack's HTTP routes as an application to mount behind ours: everything of its API but the agents routes.
+"""llama_stack's HTTP routes as an application to mount behind ours: everything of its API but the agents routes
+and completions.
 
 Its own `create_app` is not used: it reads a file, dumps the configuration to the log, takes over logging, refuses
 clients of other versions, and initializes the stack on another loop (see `app.stack.library`). The routes and their
@@ -12,7 +13,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -31,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.domain.error_bodies import error_body, invalid_body, is_openai
 from app.settings import Settings
-from app.stack import access, library, postgres, registry
+from app.stack import access, completions, library, postgres, registry
 from app.stack.config import stack_run_config
 from app.stack.files import with_status
 from app.stack.vector_dbs import ROUTES as VECTOR_DB_ROUTES
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 RegistryHook = Callable[[], Awaitable[None] | None]
 
-_AGENTS = re.compile(r"/v1(alpha)?/agents(/|$)")
+_OURS = re.compile(r"/v1(alpha)?/agents(/|$)|/v1/(openai/v1/)?(chat/completions|completions|embeddings)$")
 _REGISTRY = re.compile(
     r"/v1(alpha|beta)?/(openai/v1/)?(eval/)?"
     r"(?P<noun>models|toolgroups|shields|vector-dbs|vector_dbs|vector_stores|scoring-functions|benchmarks|datasets)"
@@ -69,6 +70,12 @@ class StackApp(FastAPI):
         if principal := scope.get("principal"):
             scope["user_attributes"] = access.attributes(principal)
         await super().__call__(scope, receive, send)
+
+    async def complete(
+        self, endpoint: completions.Endpoint, body: completions.JSON, *, principal: str, headers: Mapping[str, str]
+    ) -> completions.JSON | completions.Begun:
+        """A completion or embeddings (`app.stack.completions.ask`)."""
+        return await completions.ask(self.impls, endpoint, body, principal=principal, headers=headers)
 
     async def refresh_registry(self) -> None:
         """See what other processes registered or removed (`app.stack.registry.refresh`)."""
@@ -135,9 +142,9 @@ def routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, 
     all_routes = get_all_api_routes(load_external_apis(config))
     for api in sorted(_served(config, impls), key=lambda api: api.value):
         for route, _ in all_routes[api]:
-            if _AGENTS.match(route.path):
-                continue
             method = next(method for method in route.methods if method != "HEAD").lower()
+            if _OURS.match(route.path) and (method == "post" or "/agents" in route.path):
+                continue
             yield method, route.path, api, route.name
 
 

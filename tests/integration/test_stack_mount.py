@@ -24,8 +24,10 @@ from fastapi import FastAPI
 from llama_stack.apis.inference import OpenAIChatCompletionRequestWithExtraBody
 from sqlalchemy.engine import make_url
 
+from app.domain.errors import CompletionError
 from app.settings import Settings
 from app.stack.chunks import ModelError
+from app.stack.completions import CHAT
 from app.stack.mounted import RegistryHook, StackApp, create_stack_app, stack_lifespan
 from app.stack.postgres import libpq_parameters, open_connection
 from app.store.tables import metadata
@@ -290,60 +292,28 @@ async def test_conversations_and_responses_work_repeatedly_and_at_once(settings:
 
 
 async def test_nothing_is_stored_of_completions(settings: Settings, database_url: str) -> None:
-    async with web(settings) as (client, _):
+    async with web(settings) as (_, stack):
         request = {"model": MODELS[0], "messages": [{"role": "user", "content": "hi"}]}
-        answer = await client.post("/v1/chat/completions", json=request)
-        assert answer.json()["choices"][0]["message"]["content"] == "Hello there"
-        assert answer.json()["model"] == MODELS[0]
+        answer = await stack.complete(CHAT, request, principal="local", headers={})
+        assert isinstance(answer, dict)
+        assert answer["choices"][0]["message"]["content"] == "Hello there"
+        assert answer["model"] == MODELS[0]
         with administrator(database_url) as cursor:
             cursor.execute("SELECT to_regclass('inference_store')")
             assert cursor.fetchone()[0] is None
 
 
-async def test_chat_completions_stream_over_http(settings: Settings) -> None:
-    async with web(settings) as (client, _):
-        request = {"model": MODELS[0], "messages": [{"role": "user", "content": "hi"}], "stream": True}
-        answer = await client.post("/v1/chat/completions", json=request)
-        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
-        assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == "Hello there"
-        assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, None, "stop"]
-
-
-async def test_stream_tells_the_usage_where_it_was_asked_for(settings: Settings) -> None:
-    async with web(settings) as (client, _):
-        request = {"model": MODELS[0], "messages": [{"role": "user", "content": "hi"}], "stream": True}
-        answer = await client.post("/v1/chat/completions", json={**request, "stream_options": {"include_usage": True}})
-        *_, last = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
-        assert last["choices"] == []
-        assert last["usage"]["total_tokens"] == 5
-
-
-@pytest.mark.parametrize(
-    ("path", "asked"),
-    [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
-        ("/v1/responses", {"input": "hi"}),
-    ],
-)
-async def test_client_that_leaves_a_stream_hangs_up_on_the_model_server(
-    settings: Settings, server: FakeModelServer, path: str, asked: dict[str, Any]
+async def test_client_that_leaves_a_response_hangs_up_on_the_model_server(
+    settings: Settings, server: FakeModelServer
 ) -> None:
     async with web(settings) as (client, _):
-        async with client.stream("POST", path, json={"model": "hangs", "stream": True, **asked}) as answer:
+        request = {"model": "hangs", "stream": True, "input": "hi"}
+        async with client.stream("POST", "/v1/responses", json=request) as answer:
             async for line in answer.aiter_lines():
                 if "Hello" in line:
                     break
         async with asyncio.timeout(1):
             await server.hung_up.wait()
-
-
-async def test_status_and_message_of_the_model_server_reach_the_client(settings: Settings) -> None:
-    async with web(settings) as (client, _):
-        request = {"model": "refuses", "messages": [{"role": "user", "content": "hi"}]}
-        for stream in (False, True):
-            answer = await client.post("/v1/chat/completions", json={**request, "stream": stream})
-            assert "too many of you" in answer.text
-            assert stream or answer.status_code == 429
 
 
 async def test_files_are_kept(settings: Settings, tmp_path: Path) -> None:
@@ -354,13 +324,13 @@ async def test_files_are_kept(settings: Settings, tmp_path: Path) -> None:
         assert list((tmp_path / "caravan" / "files").iterdir())
 
 
-async def test_starts_while_the_model_server_is_down(database_url: str, tmp_path: Path) -> None:
-    async with web(make_settings(database_url, inference_url="http://127.0.0.1:1/v1")) as (client, _):
+async def test_starts_while_the_model_server_is_down(database_url: str) -> None:
+    async with web(make_settings(database_url, inference_url="http://127.0.0.1:1/v1")) as (client, stack):
         assert (await client.get("/v1/models")).status_code == 200
         request = {"model": MODELS[0], "messages": [{"role": "user", "content": "hi"}]}
-        answer = await client.post("/v1/chat/completions", json=request)
-        assert answer.status_code == 502
-        assert "cannot be reached" in answer.text
+        with pytest.raises(CompletionError, match="cannot be reached") as raised:
+            await stack.complete(CHAT, request, principal="local", headers={})
+        assert raised.value.status == 502
 
 
 async def test_responses_are_served_without_pgvector(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,8 @@ words make an empty message. Text without any command is echoed: `You said: <tex
 
 HTTP headers are sent with the first chunk, so DELAY, HOLD and HANG hold them back too, unless a PART goes before.
 Requests with `stream` false get the whole message. `stream_options.include_usage` adds the usage chunk. Any model id
-is accepted. Embeddings have `DIMENSIONS` dimensions; texts that share words are near to each other.
+is accepted. POST /v1/completions takes the script as its `prompt`. Embeddings have `DIMENSIONS` dimensions; texts that
+share words are near to each other.
 
 Control: GET /control/requests, /control/open_streams and /control/held/{name}, POST /control/reset and
 /control/release/{name}.
@@ -278,6 +279,25 @@ class StreamedAnswer(Answer):
         self._begun = True
 
 
+class StreamedText(StreamedAnswer):
+    """The same as chunks of a text completion."""
+
+    def __init__(self, connection: Connection, request: dict[str, Any], prompt_tokens: int) -> None:
+        super().__init__(connection, request, prompt_tokens)
+        self._base = encode_json(self._envelope("text_completion"))[:-1]
+
+    async def say(self, pieces: Sequence[str]) -> None:
+        self.pieces_said += len(pieces)
+        await self._send(b"".join(map(self._chunk, pieces)))
+
+    def _chunk(self, text: str, finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return _http_chunk(f'data: {self._base},"choices":{encode_json([choice])}}}\n\n'.encode())
+
+    async def finish(self, reason: str) -> None:
+        await self._send(self._chunk("", reason) + _http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+
 def _http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
@@ -311,6 +331,15 @@ class WholeAnswer(Answer):
 
     async def fail(self, failure: Failed) -> None:
         await self._connection.respond(failure.status, failure.body())
+
+
+class WholeText(WholeAnswer):
+    """The same as a text completion."""
+
+    async def finish(self, reason: str) -> None:
+        choice = {"index": 0, "text": "".join(self._text), "finish_reason": reason, "logprobs": None}
+        body = {**self._envelope("text_completion"), "choices": [choice], "usage": self._usage()}
+        await self._connection.respond(200, encode_json(body).encode())
 
 
 # --- performing a script ---
@@ -618,12 +647,14 @@ class Connection(asyncio.Protocol):
     async def _answer(self, request: Request) -> None:
         path = httptools.parse_url(request.target).path.decode()
         try:
-            if path.endswith("/chat/completions"):
+            if path.endswith("/completions"):
                 await self._complete(request)
             else:
                 await self.respond(200, encode_json(self._route(request, path)).encode())
         except Failed as failure:
             await self.respond(failure.status, failure.body())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            await self.respond(400, Failed(400, f"not understood: {error!r}").body())
 
     def _route(self, request: Request, path: str) -> Any:
         match (request.method, *map(unquote, path.strip("/").split("/"))):
@@ -647,6 +678,8 @@ class Connection(asyncio.Protocol):
 
     async def _complete(self, request: Request) -> None:
         body = _json_body(request)
+        if "prompt" in body:
+            body["messages"] = [{"role": "user", "content": body["prompt"]}]
         messages = body.get("messages")
         if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
             raise Failed(400, "messages must be a list of objects with a role")
@@ -665,7 +698,8 @@ class Connection(asyncio.Protocol):
             self.model.open_streams -= 1
 
     async def _perform(self, body: dict[str, Any], record: Record) -> None:
-        kind = StreamedAnswer if body.get("stream") else WholeAnswer
+        kinds = (WholeText, StreamedText) if "prompt" in body else (WholeAnswer, StreamedAnswer)
+        kind = kinds[bool(body.get("stream"))]
         answer = kind(self, body, prompt_tokens=len(record.raw_body) // 4)
         try:
             await Performance(self.model, body, answer).run()
