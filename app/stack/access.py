@@ -6,7 +6,7 @@ whoever registered one, save that he may remove it: the names are the model serv
 entry would keep others from registering the one embedding model that there may be. What the original lets through, and
 is replaced here:
 
-- Rows of conversations, responses and files are changed and deleted by their id alone, whoever asks.
+- Rows of files are changed and deleted by their id alone, whoever asks.
 - Vector stores, shields and the like are looked up without the policy when they are used, not only described.
 - A tool is found by its name among everyone's, the last one listed first.
 - Prompts have no owner. (File batches neither: `app.stack.vector_io`. Stored completions: `app.stack.library`.)

@@ -17,7 +17,6 @@ from llama_stack.core.datatypes import Provider, RegisteredResources, StackRunCo
 from llama_stack.core.storage.datatypes import (
     InferenceStoreReference,
     KVStoreReference,
-    ResponsesStoreReference,
     ServerStoresConfig,
     SqlStoreReference,
     StorageConfig,
@@ -94,7 +93,6 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
         "tool_runtime": [
             Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={})
         ],
-        "agents": [_responses()],
     }
     tool_groups = []
     if vectors:
@@ -116,8 +114,8 @@ def _stores() -> ServerStoresConfig:
         metadata=KVStoreReference(backend=KEY_VALUE, namespace="registry"),
         # Required by llama_stack's router; `app.stack.library` sees to it that nothing is ever stored there.
         inference=InferenceStoreReference(backend=SQL, table_name="inference_store"),
+        # Required to start, and never opened: conversations are ours.
         conversations=SqlStoreReference(backend=SQL, table_name="openai_conversations"),
-        responses=ResponsesStoreReference(backend=SQL, table_name="openai_responses"),
     )
 
 
@@ -140,17 +138,6 @@ def _model_server(settings: Settings) -> Provider:
 
 def _pgvector() -> Provider:
     return _ours("pgvector", "remote::pgvector", persistence={"backend": KEY_VALUE, "namespace": "vector_io::pgvector"})
-
-
-def _responses() -> Provider:
-    return _ours(
-        "meta-reference",
-        "inline::meta-reference",
-        persistence={
-            "agent_state": {"backend": KEY_VALUE, "namespace": "agents"},
-            "responses": {"backend": SQL, "table_name": "openai_responses"},
-        },
-    )
 
 
 def _files() -> Provider:

@@ -5,7 +5,7 @@ asyncpg's connections stay bound, and dumps its configuration; its library clien
 API.
 
 Postgres connections of a process, with our own configuration: the web process holds 1 (psycopg2: registry, prompts,
-pgvector) and up to `DATABASE_POOL_SIZE` (asyncpg: conversations, responses, files), opened as needed. A worker holds 1
+pgvector) and up to `DATABASE_POOL_SIZE` (asyncpg: files), opened as needed. A worker holds 1
 (psycopg2) and no asyncpg pool. Each start takes one or two more for a moment.
 """
 
@@ -50,7 +50,7 @@ SHUTDOWN_SECONDS = 5.0
 async def start(config: StackRunConfig, *, whole: bool) -> Impls:
     """Start the stack on the running loop; one stack at a time in a process.
 
-    `whole`: with the APIs that only HTTP clients use (conversations, prompts, inspect, providers), and with a user's
+    `whole`: with the APIs that only HTTP clients use (prompts, inspect, providers), and with a user's
     own inference store. Raises whatever a provider raises; nothing is left open then.
     """
     _prepare()
@@ -87,7 +87,6 @@ async def _start(config: StackRunConfig, *, whole: bool) -> Impls:
     if whole:
         await impls[Api.prompts].initialize()
         impls[Api.prompts].kvstore = access.OwnKeys(impls[Api.prompts].kvstore)
-        await impls[Api.conversations].initialize()
         if impls[Api.inference].store:
             # The tasks that work its queue off would store everyone's completions as those of its first caller.
             impls[Api.inference].store.enable_write_queue = False

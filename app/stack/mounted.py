@@ -1,5 +1,5 @@
-"""llama_stack's HTTP routes as an application to mount behind ours: everything of its API but the agents routes
-and completions.
+"""llama_stack's HTTP routes as an application to mount behind ours: everything of its API but agents,
+responses, conversations and completions.
 
 Its own `create_app` is not used: it reads a file, dumps the configuration to the log, takes over logging, refuses
 clients of other versions, and initializes the stack on another loop (see `app.stack.library`). The routes and their
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 RegistryHook = Callable[[], Awaitable[None] | None]
 
-_OURS = re.compile(r"/v1(alpha)?/agents(/|$)|/v1/(openai/v1/)?(chat/completions|completions|embeddings)$")
+_OURS = re.compile(r"/v1(alpha)?/(openai/v1/)?(agents|responses|conversations)(/|$)")
+_OUR_POSTS = re.compile(r"/v1/(openai/v1/)?(chat/completions|completions|embeddings)$")
 _REGISTRY = re.compile(
     r"/v1(alpha|beta)?/(openai/v1/)?(eval/)?"
     r"(?P<noun>models|toolgroups|shields|vector-dbs|vector_dbs|vector_stores|scoring-functions|benchmarks|datasets)"
@@ -50,7 +51,7 @@ _REGISTRY = re.compile(
 )
 # A search is a POST below a vector store, and a file below it changes its content, which is not cached.
 _CONTENT = re.compile(r"[^/]+/(search|files|file_batches)(/|$)")
-_ALWAYS_SERVED = {"inspect", "providers", "prompts", "conversations"}
+_ALWAYS_SERVED = {"inspect", "providers", "prompts"}
 
 
 class StackApp(FastAPI):
@@ -143,7 +144,7 @@ def routes(config: StackRunConfig, impls: library.Impls) -> Iterator[tuple[str, 
     for api in sorted(_served(config, impls), key=lambda api: api.value):
         for route, _ in all_routes[api]:
             method = next(method for method in route.methods if method != "HEAD").lower()
-            if _OURS.match(route.path) and (method == "post" or "/agents" in route.path):
+            if _OURS.match(route.path) or (method == "post" and _OUR_POSTS.match(route.path)):
                 continue
             yield method, route.path, api, route.name
 

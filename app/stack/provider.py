@@ -36,12 +36,4 @@ def get_provider_spec() -> list[ProviderSpec]:
             api_dependencies=[Api.vector_io, Api.inference],
             optional_api_dependencies=[Api.files],
         ),
-        InlineProviderSpec(
-            api=Api.agents,
-            provider_type="inline::meta-reference",
-            module="app.stack.responses",
-            config_class="llama_stack.providers.inline.agents.meta_reference.MetaReferenceAgentsImplConfig",
-            api_dependencies=[Api.inference, Api.safety, Api.tool_runtime, Api.tool_groups, Api.conversations],
-            optional_api_dependencies=[Api.vector_io],
-        ),
     ]

@@ -243,12 +243,14 @@ async def test_models_that_are_no_longer_configured_are_gone_but_registered_ones
         assert {model["identifier"] for model in models} == {"embed", "only"}
 
 
-async def test_agents_routes_are_not_served_but_responses_are(settings: Settings) -> None:
+async def test_what_is_ours_is_not_served(settings: Settings) -> None:
+    """Agents, responses and conversations."""
+    paths = ("/v1/agents", "/v1alpha/agents", "/v1/agents/a/session/s", "/v1alpha/agents/a/sessions", "/v1/responses")
     async with web(settings) as (client, _):
-        for path in ("/v1/agents", "/v1alpha/agents", "/v1/agents/a/session/s", "/v1alpha/agents/a/sessions"):
+        for path in (*paths, "/v1/openai/v1/responses", "/v1/conversations/conv_0"):
             assert (await client.get(path)).status_code == 404
-        assert (await client.post("/v1/agents", json={"agent_config": {}})).status_code == 404
-        assert (await client.get("/v1/responses")).status_code == 200
+        for path in ("/v1/agents", "/v1/responses", "/v1/conversations"):
+            assert (await client.post(path, json={})).status_code == 404
 
 
 @pytest.mark.parametrize("version", ["0.1.9", "0.7.5"])
@@ -258,36 +260,26 @@ async def test_no_client_is_refused_for_its_version(settings: Settings, version:
         assert answer.status_code == 200
 
 
-async def test_conversations_and_responses_work_repeatedly_and_at_once(settings: Settings, database_url: str) -> None:
-    async def talk(client: httpx.AsyncClient, number: int) -> None:
-        made = await client.post("/v1/conversations", json={"metadata": {"name": str(number)}})
-        conversation = made.json()["id"]
-        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": f"number {number}"}]}
-        added = await client.post(f"/v1/conversations/{conversation}/items", json={"items": [item]})
-        assert added.status_code == 200, added.text
-        request = {"model": MODELS[0], "input": "hi", "conversation": conversation}
-        whole = await client.post("/v1/responses", json=request)
-        assert whole.json()["output"][0]["content"][0]["text"] == "Hello there"
-        streamed = await client.post("/v1/responses", json={**request, "stream": True})
-        events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")]
-        assert events[-1]["type"] == "response.completed"
-        assert events[-1]["response"]["usage"]["total_tokens"] == 5
-        again = await client.get(f"/v1/responses/{events[-1]['response']['id']}")
-        assert again.json()["id"] == events[-1]["response"]["id"]
-        items = (await client.get(f"/v1/conversations/{conversation}/items")).json()["data"]
-        assert f"number {number}" in json.dumps(items)
+async def test_its_stores_work_repeatedly_and_at_once(settings: Settings, database_url: str) -> None:
+    async def keep(client: httpx.AsyncClient, number: int) -> None:
+        sent = {"file": (f"{number}.txt", f"number {number}".encode())}
+        made = await client.post("/v1/files", files=sent, data={"purpose": "assistants"})
+        path = f"/v1/files/{made.json()['id']}"
+        assert (await client.get(f"{path}/content")).text == f"number {number}"
+        assert (await client.delete(path)).json()["deleted"]
+        assert (await client.get(path)).status_code == 404
 
     async with web(settings) as (client, _):
         for number in range(2):
-            await talk(client, number)
-        await asyncio.gather(*(talk(client, number) for number in range(16)))
+            await keep(client, number)
+        await asyncio.gather(*(keep(client, number) for number in range(16)))
         # What the module says that the web process holds: one, and a pool.
         assert connections(database_url) <= 1 + settings.database_pool_size
     assert connections(database_url) == 0
     with administrator(database_url) as cursor:
         cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
         its_tables = {name for (name,) in cursor.fetchall()}
-    assert "conversation_items" in its_tables
+    assert "openai_files" in its_tables
     assert not its_tables & metadata.tables.keys()  # ours, which are in the same database
 
 
@@ -301,19 +293,6 @@ async def test_nothing_is_stored_of_completions(settings: Settings, database_url
         with administrator(database_url) as cursor:
             cursor.execute("SELECT to_regclass('inference_store')")
             assert cursor.fetchone()[0] is None
-
-
-async def test_client_that_leaves_a_response_hangs_up_on_the_model_server(
-    settings: Settings, server: FakeModelServer
-) -> None:
-    async with web(settings) as (client, _):
-        request = {"model": "hangs", "stream": True, "input": "hi"}
-        async with client.stream("POST", "/v1/responses", json=request) as answer:
-            async for line in answer.aiter_lines():
-                if "Hello" in line:
-                    break
-        async with asyncio.timeout(1):
-            await server.hung_up.wait()
 
 
 async def test_files_are_kept(settings: Settings, tmp_path: Path) -> None:
@@ -333,11 +312,10 @@ async def test_starts_while_the_model_server_is_down(database_url: str) -> None:
         assert raised.value.status == 502
 
 
-async def test_responses_are_served_without_pgvector(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_starts_without_pgvector(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.stack.postgres._create_vector_extension", lambda cursor: False)
     async with web(settings) as (client, _):
-        answer = await client.post("/v1/responses", json={"model": MODELS[0], "input": "hi"})
-        assert answer.json()["output"][0]["content"][0]["text"] == "Hello there"
+        assert (await client.get("/v1/models")).status_code == 200
         assert (await client.get("/v1/vector_stores")).status_code == 404
     async with worker(settings) as stack:
         assert stack.vector_io is None
@@ -354,9 +332,8 @@ async def test_starts_without_the_right_to_install_pgvector(
     try:
         async with web(make_settings(url, inference_url=settings.inference_url)) as (client, _):
             assert (await client.get("/v1/vector_stores")).status_code == 404
-            assert (await client.post("/v1/conversations", json={})).status_code == 200
-            answer = await client.post("/v1/responses", json={"model": MODELS[0], "input": "hi"})
-            assert answer.json()["status"] == "completed"
+            sent = {"file": ("a.txt", b"abc")}
+            assert (await client.post("/v1/files", files=sent, data={"purpose": "assistants"})).status_code == 200
         assert [r.name for r in caplog.records if "pgvector" in r.getMessage()] == ["app.stack.postgres"]
     finally:
         with administrator(database_url) as cursor:
@@ -436,7 +413,7 @@ async def test_what_nobody_owns_is_everyones_to_use_and_the_local_ones_to_change
 
 
 async def test_rows_that_nobody_owns_are_the_local_ones(settings: Settings) -> None:
-    """Conversations, files and prompts are never the configuration's: somebody made them, before there were keys."""
+    """Files and prompts are never the configuration's: somebody made them, before there were keys."""
     app = create_stack_app(settings)
     async with (
         stack_lifespan(app),
@@ -446,7 +423,6 @@ async def test_rows_that_nobody_owns_are_the_local_ones(settings: Settings) -> N
     ):
         sent = {"file": ("a.txt", b"abc")}
         paths = [
-            f"/v1/conversations/{(await nobody.post('/v1/conversations', json={})).json()['id']}",
             f"/v1/files/{(await nobody.post('/v1/files', files=sent, data={'purpose': 'assistants'})).json()['id']}",
             f"/v1/prompts/{(await nobody.post('/v1/prompts', json={'prompt': 'hi'})).json()['prompt_id']}",
         ]

@@ -107,7 +107,7 @@ def test_worker_has_only_what_turns_call() -> None:
     config = build_run_config(settings(), vectors=True)
     assert set(worker_run_config(config).apis) == {"inference", "safety", "tool_runtime", "vector_io"}
     assert set(worker_run_config(config).providers) == {"inference", "safety", "tool_runtime", "vector_io"}
-    assert "agents" in config.apis
+    assert "files" in config.apis
 
 
 OWN = """
