@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 
 from app.api.compat.forward import Forwarded, stack_of
+from app.api.compat.version import client_version, is_llama_stack
 
 router = APIRouter(tags=["Vector stores"])
 
@@ -41,6 +42,21 @@ async def insert_documents(body: AnyBody, request: Request) -> Response:
 async def query_documents(body: AnyBody, request: Request) -> Response:
     """Query documents of vector stores: `{vector_store_ids or vector_db_ids, content, query_config?}`."""
     return Forwarded(stack_of(request), "POST", "/v1/tool-runtime/rag-tool/query", renamed(body, to="vector_store_ids"))
+
+
+@router.post("/vector_stores/{vector_store_id}/search")
+async def search(vector_store_id: str, body: AnyBody, request: Request) -> Response:
+    """Search a vector store: `{query, filters?, max_num_results?, ranking_options?, rewrite_query?, search_mode?}`."""
+    path = f"/v1/vector_stores/{vector_store_id}/search"
+    version = client_version(request.headers) if is_llama_stack(request.headers) else None
+    as_text = version is not None and version < (0, 4)
+    return Forwarded(stack_of(request), "POST", path, body, answer=None if as_text else with_query_list)
+
+
+def with_query_list(page: JSON) -> JSON:
+    """For OpenAI's, llama-stack-client from 0.4, ogx-client: a list of queries. Older ones read one text."""
+    query = page.get("search_query")
+    return {**page, "search_query": [query] if isinstance(query, str) else query}
 
 
 CHUNK_TOKENS = (100, 4096)

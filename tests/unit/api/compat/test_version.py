@@ -6,7 +6,7 @@ import pytest
 from starlette.requests import Request
 
 from app.api.compat.dialect import BEFORE_03, CANONICAL, Dialect, _dialect
-from app.api.compat.version import client_version
+from app.api.compat.version import client_version, is_llama_stack, is_ogx
 
 NAME = "x-llamastack-client-version"
 PACKAGE = "x-stainless-package-version"
@@ -47,3 +47,19 @@ async def test_the_dialect_goes_by_the_version(header: str, value: str, dialect:
     """Before 0.3 is one dialect; all others, and who says nothing, get what is stored."""
     scope = {"type": "http", "headers": [(header.encode(), value.encode())]}
     assert await _dialect(Request(scope)) is dialect
+
+
+@pytest.mark.parametrize(
+    ("headers", "llama_stack", "ogx"),
+    [
+        ({"x-llamastack-client-version": "0.3.5"}, True, False),
+        ({"user-agent": "LlamaStackClient/JS 0.2.23"}, True, False),
+        ({"user-agent": "AsyncLlamaStackClient/Python 0.7.5"}, True, False),
+        ({"x-ogx-client-version": "1.5.0"}, False, True),
+        ({"user-agent": "OpenAI/Python 3.54.0"}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_whose_sdk_asks(headers: dict[str, str], llama_stack: bool, ogx: bool) -> None:
+    """By the header that Python's send, or the name in the User-Agent."""
+    assert (is_llama_stack(headers), is_ogx(headers)) == (llama_stack, ogx)
