@@ -146,7 +146,10 @@ def input_items(connection: Connection, owner: str, turn_id: str) -> list[dict[s
     get_response(connection, owner, turn_id)
     *before, (own, _) = response_chain(connection, turn_id)
     items = [item for request, steps in before for item in (*request["input"], *output(steps))] + own["input"]
-    return list({item["id"]: item for item in reversed(items)}.values())[::-1]
+    once: dict[str, dict[str, Any]] = {}
+    for item in items:
+        once.setdefault(item["id"], item)
+    return list(once.values())
 
 
 def segment_end_before(connection: Connection, turn_id: str, n: int) -> EventId:
