@@ -22,18 +22,25 @@ SHARE_PROCESSES = (
     "test_agents.py",
     "test_cancel.py",
     "test_compat.py",
+    "test_conversations.py",
     "test_openapi.py",
+    "test_responses.py",
     "test_turn_pool.py",
     "test_turns.py",
 )
 """They use the same web process and workers, which are slow to start."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who runs together with `pytest -n`: files, and what shares processes."""
+    """Who runs together with `pytest -n`: files, and what shares processes. What does not depend on the pool
+    (`pytest.mark.pools`) runs in the others only where everything runs."""
     for item in items:
         folder, file = item.path.parent.name, item.path.name
         pool = "prefork" if "prefork" in item.name else "turn-pool"
+        marked = item.get_closest_marker("pools")
+        if marked and pool not in marked.args:
+            item.add_marker("thorough")
         if folder in ("fire", "chaos"):
             group = f"{folder} {pool}"
         else:

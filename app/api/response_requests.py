@@ -6,11 +6,13 @@ Source: OpenAI's API reference for `POST /responses`, the parameters of the curr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from app.api.validation import plain
 from app.domain import items
 from app.domain.errors import InvalidRequest
 from app.domain.items import Item
@@ -24,27 +26,32 @@ SUPPORTED_INCLUDES = {
 _Words = Annotated[str, Field(max_length=512)]
 
 
-class ConversationReference(BaseModel):
+class _Strict(BaseModel):
+    """Has no other fields than these; a null asks for nothing."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class ConversationReference(_Strict):
     id: str
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(_Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class Reasoning(BaseModel):
+class Reasoning(_Strict):
     """Passed to the model server as `reasoning_effort`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     effort: str | None = None
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
+class TextFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
@@ -52,9 +59,7 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
 
-class TextConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextConfig(_Strict):
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
@@ -117,9 +122,7 @@ class CreateResponse(BaseModel):
     guardrails: Annotated[list[JsonValue], Field(max_length=0)] | None = None
 
 
-class FunctionTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class FunctionTool(_Strict):
     type: Literal["function"]
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
@@ -127,23 +130,17 @@ class FunctionTool(BaseModel):
     strict: bool | None = None
 
 
-class ToolFilter(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ToolFilter(_Strict):
     tool_names: list[str] | None = None
     read_only: bool | None = None
 
 
-class ApprovalFilter(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ApprovalFilter(_Strict):
     always: ToolFilter | list[str] | None = None
     never: ToolFilter | list[str] | None = None
 
 
-class McpTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class McpTool(_Strict):
     type: Literal["mcp"]
     server_label: Annotated[str, Field(min_length=1, max_length=256)]
     server_url: Annotated[str, Field(pattern=r"^https?://", max_length=4096)]
@@ -154,9 +151,7 @@ class McpTool(BaseModel):
     allowed_tools: list[str] | ToolFilter | None = None
 
 
-class FileSearchTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class FileSearchTool(_Strict):
     type: Literal["file_search"]
     vector_store_ids: Annotated[list[str], Field(min_length=1)]
     filters: dict[str, JsonValue] | None = None
@@ -164,9 +159,7 @@ class FileSearchTool(BaseModel):
     ranking_options: dict[str, JsonValue] | None = None
 
 
-class WebSearchTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class WebSearchTool(_Strict):
     type: Literal["web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"]
     search_context_size: Literal["medium"] | None = None
 
@@ -183,6 +176,8 @@ _TOOLS: dict[str, type[BaseModel]] = {
 _ECHOED: dict[str, dict[str, Any]] = {"function": {"parameters": None, "strict": None}, "mcp": {"allowed_tools": None}}
 """Fields that readers expect of a tool in a response."""
 _ONCE = ("file_search", "web_search")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 
 
 def stored_request(body: CreateResponse) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
@@ -210,10 +205,7 @@ def _check(body: CreateResponse) -> None:
     for name, value in (body.model_extra or {}).items():
         if value is not None:
             raise InvalidRequest(f"{name}: this parameter is not supported", name)
-    for name in set(body.include or ()) - SUPPORTED_INCLUDES:
-        raise InvalidRequest(
-            f"include: {name!r} is not supported; there are {', '.join(sorted(SUPPORTED_INCLUDES))}", "include"
-        )
+    check_includes(body.include or ())
     if body.previous_response_id is not None and body.conversation is not None:
         raise InvalidRequest("previous_response_id: not together with conversation", "previous_response_id")
     if body.background and body.store is False:
@@ -223,8 +215,16 @@ def _check(body: CreateResponse) -> None:
     wanted = body.text.format if body.text else None
     if wanted and wanted.type == "json_schema" and (not wanted.name or wanted.schema_ is None):
         raise InvalidRequest("text.format: json_schema needs name and schema", "text.format")
-    items.check_json(body.model_dump(mode="json"), "body")
+    items.check_json(plain(body), "body")
     _check_choice(body.tool_choice)
+
+
+def check_includes(asked: Iterable[str]) -> None:
+    """Raises InvalidRequest: what is to be included is not there."""
+    for name in asked:
+        if name not in SUPPORTED_INCLUDES:
+            there = ", ".join(sorted(SUPPORTED_INCLUDES))
+            raise InvalidRequest(f"include: {name!r} is not supported; there are {there}", "include")
 
 
 def _check_choice(choice: Any) -> None:
@@ -256,8 +256,10 @@ def _tools(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
         if isinstance(checked, McpTool):
             if any(each.get("server_label") == checked.server_label for each in found):
                 raise items.refused(f"tools[{index}].server_label", f"{checked.server_label!r} is there twice")
-            if own := _headers(checked):
+            if own := _headers(checked, f"tools[{index}]"):
                 headers[checked.server_label] = own
+        if isinstance(checked, FunctionTool) and any(each.get("name") == checked.name for each in found):
+            raise items.refused(f"tools[{index}].name", f"{checked.name!r} is there twice")
         stored = checked.model_dump(mode="json", exclude={"headers", "authorization"}, exclude_unset=True)
         kinds = [each["type"].split("_20")[0].removesuffix("_preview") for each in (*found, stored)]
         if any(kinds.count(kind) > 1 for kind in _ONCE):
@@ -274,6 +276,11 @@ def _tool(tool: Mapping[str, Any], where: str) -> BaseModel:
     return items.parsed(shape, tool, where)
 
 
-def _headers(tool: McpTool) -> dict[str, str]:
+def _headers(tool: McpTool, where: str) -> dict[str, str]:
+    """Raises InvalidRequest: one that cannot be sent. The message does not show it."""
     bearer = {"Authorization": f"Bearer {tool.authorization}"} if tool.authorization else {}
+    for name, value in ((tool.headers or {}) | bearer).items():
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            field = "authorization" if bearer.get(name) == value else "headers"
+            raise items.refused(f"{where}.{field}", "this cannot be sent as a header")
     return (tool.headers or {}) | bearer

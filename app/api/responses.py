@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from llama_stack.apis.agents.openai_responses import (
     OpenAIDeleteResponseObject,
@@ -23,10 +23,11 @@ from app.api.compat.version import is_llama_stack, is_ogx
 from app.api.conversations import ItemList
 from app.api.documentation import event_stream, header_docs, refusals
 from app.api.errors import answers, failure_status
-from app.api.response_requests import CreateResponse, stored_request
+from app.api.response_requests import CreateResponse, check_includes, stored_request
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import TurnStream
 from app.api.turns import IdempotencyKey, cancelled, request_hash, resolved
+from app.api.validation import includes
 from app.domain import events
 from app.domain.error_bodies import openai_error
 from app.domain.errors import InvalidRequest, NotFound, OutcomeUnknown, TurnFailure
@@ -44,6 +45,7 @@ router = APIRouter(tags=["Responses"])
 
 PageSize = Annotated[int, Query(ge=1, le=100)]
 Order = Annotated[Literal["asc", "desc"], Query()]
+Includes = Annotated[Sequence[str], Depends(includes)]
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "model": OpenAIResponseObject,
@@ -182,9 +184,12 @@ async def get_response(
         int | None, Query(ge=0, le=10**15, description="The sequence_number of the last event that the client has")
     ] = None,
     include_obfuscation: bool = False,
-    include: Annotated[list[str] | None, Query()] = None,
+    include: Includes = (),
 ) -> Response:
     """A response as it stands, or its events from the start or from behind a given one."""
+    check_includes(include)
+    if starting_after is not None and not stream:
+        raise InvalidRequest("starting_after: needs stream=true", "starting_after")
     if include_obfuscation:
         raise InvalidRequest("include_obfuscation: true is not supported", "include_obfuscation")
     row = await service.store.run(responses.get_response, owner, turn_of(response_id))
@@ -204,9 +209,10 @@ async def list_input_items(
     before: str | None = None,
     limit: PageSize = 20,
     order: Order = "desc",
-    include: Annotated[list[str] | None, Query()] = None,
+    include: Includes = (),
 ) -> JSON:
     """The items that a response was made from: what its predecessors were given and said, then its own input."""
+    check_includes(include)
     found = await service.store.run(responses.input_items, owner, turn_of(response_id))
     listed = found if order == "asc" else found[::-1]
     ids = [item["id"] for item in listed]

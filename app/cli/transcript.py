@@ -53,8 +53,9 @@ class Transcript:
         match event["type"].removeprefix("response."):
             case "output_text.delta" | "refusal.delta":
                 self._delta({"type": "text", "text": event["delta"]})
-            case "output_item.added" if self._within_step and event["item"]["type"] == "message":
-                self._line("the worker was lost or stopped: the message is made again")
+            case "output_item.done" if event["item"].get("status") == "incomplete":
+                self._within_step = False
+                self._line("the worker was lost or the model stopped: this is not whole")
             case "output_item.added":
                 self._within_step = event["item"]["type"] == "message"
             case "output_item.done":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, literal, or_, select, text, update
+from sqlalchemy import Connection, bindparam, delete, func, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.domain.errors import Conflict, KeyReused, NotFound, TooManyTurns, TurnFailure
@@ -159,6 +159,7 @@ _SAME_RESPONSE = (
         turns.c.kind == TurnKind.RESPONSE,
         turns.c.request_hash == bindparam("hash"),
         turns.c.owner == bindparam("of_owner"),
+        turns.c.stored == bindparam("as_stored"),  # and not deleted since
         turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
         or_(turns.c.completed_at.is_(None), turns.c.completed_at > _NOW - seconds(ANSWERED_SECONDS)),
     )
@@ -215,19 +216,23 @@ def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -
 def accept_response(connection: Connection, asked: ResponseSubmission) -> Accepted:
     """Stores a new response, at the end of its conversation or alone, with its first events.
 
-    May be asked again after a commit whose reply was lost. Raises NotFound: no such conversation. InvalidRequest: it
-    cannot go on from the previous response. KeyReused, TooManyTurns.
+    May be asked again after a commit whose reply was lost: it then gives what the first one gave. Raises NotFound: no
+    such conversation, or the response that the key led to was deleted. InvalidRequest: it cannot go on from the
+    previous response. KeyReused, TooManyTurns.
     """
     known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id)
-    if known is not None:
+    if known is not None and known.turn_id != asked.turn_id:
+        if asked.stored:
+            responses.get_response(connection, asked.owner, known.turn_id)
         return known
-    if asked.is_retry and (earlier := _retried_response(connection, asked)) is not None:
+    # Locks a conversation, so that a request waits for the one that it repeats.
+    number = _place_in_conversation(connection, asked) if asked.in_conversation else _own_session(connection, asked)
+    if (earlier := _earlier(connection, asked, made=number is None)) is not None:
+        _give_back(connection, asked, earlier)
         return earlier
+    assert number is not None  # else its own commit made it
     if asked.previous_turn_id is not None:
         responses.check_previous(connection, asked.owner, asked.previous_turn_id)
-    number = _place_in_conversation(connection, asked) if asked.in_conversation else _own_session(connection, asked)
-    if number is None or connection.scalar(select(turns.c.turn_id).where(turns.c.turn_id == asked.turn_id)):
-        return Accepted(asked.turn_id)
     busy = len(_unfinished(connection, asked.session_id)) if number > 1 else 0
     if busy >= asked.caps.session:
         raise TooManyTurns(f"The conversation has {busy} responses queued or running (MAX_TURNS_PER_SESSION)")
@@ -256,16 +261,28 @@ def _own_session(connection: Connection, asked: ResponseSubmission) -> int | Non
     return 1 if connection.execute(made).scalar() else None
 
 
-def _retried_response(connection: Connection, asked: ResponseSubmission) -> Accepted | None:
-    """The newest response that was asked for with the same words, as an SDK that lost its connection repeats them."""
-    row = {"of_owner": asked.owner, "hash": asked.request_hash}
-    newest = connection.execute(_SAME_RESPONSE, row).scalar()
-    if newest is None:
+def _earlier(connection: Connection, asked: ResponseSubmission, *, made: bool) -> Accepted | None:
+    """The response that this request has led to before: its own, after a lost reply to the commit; or if it is a retry,
+    the newest that was asked for with the same words, as an SDK that lost its connection repeats them."""
+    if made or connection.scalar(select(turns.c.turn_id).where(turns.c.turn_id == asked.turn_id)):
+        return Accepted(asked.turn_id)
+    if not asked.is_retry:
         return None
+    row = {"of_owner": asked.owner, "hash": asked.request_hash, "as_stored": asked.stored}
+    newest = connection.execute(_SAME_RESPONSE, row).scalar()
+    return None if newest is None else Accepted(newest, is_new=False)
+
+
+def _give_back(connection: Connection, asked: ResponseSubmission, earlier: Accepted) -> None:
+    """The place that a request has taken, and the key, if an earlier one led to another response."""
+    place = sessions.c.session_id == asked.session_id
+    if asked.in_conversation:
+        connection.execute(update(sessions).where(place).values(next_number=sessions.c.next_number - 1))
+    elif not earlier.is_new:
+        connection.execute(delete(sessions).where(place))
     if asked.idempotency_key is not None:
         mine = (idempotency_keys.c.owner == asked.owner, idempotency_keys.c.key == asked.idempotency_key)
-        connection.execute(update(idempotency_keys).where(*mine).values(turn_id=newest))
-    return Accepted(newest, is_new=False)
+        connection.execute(update(idempotency_keys).where(*mine).values(turn_id=earlier.turn_id))
 
 
 def accept_again(connection: Connection, asked: Submission, raise_fence: RaiseFence) -> Accepted:

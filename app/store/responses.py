@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, func, literal, select, text, tuple_, update
 
 from app.domain.errors import InvalidRequest, NotFound
-from app.domain.events import START, EventId, EventKind
+from app.domain.events import START, EventId
+from app.domain.responses.events import Begun
 from app.domain.responses.steps import output
 from app.domain.turns import ENDED, TurnKind, TurnStatus
 from app.store.tables import event_segments, sessions, turns
@@ -140,11 +141,15 @@ def response_chain(connection: Connection, last: str) -> list[tuple[dict[str, An
 
 
 def input_items(connection: Connection, owner: str, turn_id: str) -> list[dict[str, Any]]:
-    """In order: what the predecessors of a response were given and said, and its own input. Raises NotFound."""
+    """In order: what the predecessors of a response were given and said, and its own input; an item that was given
+    again, under its id, where it came first. Raises NotFound."""
     get_response(connection, owner, turn_id)
     *before, (own, _) = response_chain(connection, turn_id)
-    earlier = [item for request, steps in before for item in (*request["input"], *output(steps))]
-    return earlier + own["input"]
+    items = [item for request, steps in before for item in (*request["input"], *output(steps))] + own["input"]
+    once: dict[str, dict[str, Any]] = {}
+    for item in items:
+        once.setdefault(item["id"], item)
+    return list(once.values())
 
 
 def segment_end_before(connection: Connection, turn_id: str, n: int) -> EventId:
@@ -159,11 +164,11 @@ def segment_end_before(connection: Connection, turn_id: str, n: int) -> EventId:
     return START if row is None else EventId(row.last_fence, row.last_n)
 
 
-def items_begun(connection: Connection, turn_id: str) -> int:
-    """How many output items the recorded events of a response begin, whether their attempts recorded them or not."""
-    begun, cursor = 0, START
+def items_begun(connection: Connection, turn_id: str) -> Begun:
+    """What all recorded events of a response say of its output items."""
+    begun, cursor = Begun(), START
     while found := segments_after(connection, turn_id, cursor, EVENTS_AT_ONCE):
-        begun += sum(event.kind == EventKind.ITEM_ADDED for event in found)
+        begun.read(found)
         cursor = found[-1].id
     return begun
 

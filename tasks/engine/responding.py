@@ -57,7 +57,7 @@ class TextItem:
 
 @dataclass
 class CallItem:
-    """A tool call, while its arguments come. Begun once its name is known."""
+    """A tool call, while its arguments come. Begun once its name is known; -1: it is not begun yet."""
 
     call_id: str
     name: str = ""
@@ -66,6 +66,8 @@ class CallItem:
     item_id: str = ""
     output_index: int = -1
     delta: Delta | None = None
+    given_id: str = ""
+    """The model's, which need not be unique."""
 
 
 _PARTS = {
@@ -106,7 +108,8 @@ class Answer:
         self.finish_reason = "stop"
         self.usage: dict[str, Any] | None = None
         self._open: TextItem | None = None
-        self._pieces: dict[int, CallItem] = {}
+        self._call_items: list[CallItem] = []
+        self._by_index: dict[int, CallItem] = {}
 
     async def take(self, stream: AsyncIterator[Any]) -> None:
         async for chunk in stream:
@@ -115,18 +118,20 @@ class Answer:
             for choice in chunk.choices or ():
                 self._choice(choice)
         self._close_item()
-        for call in self._pieces.values():
+        for call in self._call_items:
             self._finish_call(call)
 
     def _choice(self, choice: Any) -> None:
         self.finish_reason = choice.finish_reason or self.finish_reason
         delta = choice.delta
-        if reasoning := getattr(delta, "reasoning_content", None):
+        reasoning = delta.reasoning_content or getattr(delta, "reasoning", None)  # vLLM's name of it
+        if reasoning and isinstance(reasoning, str):
             self._say("reasoning", "reasoning_text", reasoning)
         if delta.content:
             self.text += delta.content
             self._say("message", "output_text", delta.content)
         if delta.refusal:
+            self.text += delta.refusal
             self._say("message", "refusal", delta.refusal)
         for piece in delta.tool_calls or ():
             self._call_piece(piece)
@@ -173,24 +178,35 @@ class Answer:
             self.items.append(IndexedItem(output_index=item.output_index, item=_text_item(item, "completed")))
 
     def _call_piece(self, piece: Any) -> None:
-        call = self._pieces.setdefault(piece.index or 0, CallItem(piece.id or ""))
+        call = self._piece_of(piece)
         function = piece.function
         if function is None:
             return
+        call.arguments += function.arguments or ""
+        new = function.arguments
         if function.name and not call.name:
             self._begin_call(call, function.name)
-        if function.arguments:
-            call.arguments += function.arguments
-            if call.delta is not None:
-                self._publish(call.delta.data(function.arguments), EventKind.RESPONSE)
+            new = call.arguments
+        if new and call.delta is not None:
+            self._publish(call.delta.data(new), EventKind.RESPONSE)
+
+    def _piece_of(self, piece: Any) -> CallItem:
+        """The call of its index, or the next one: some servers give all calls the same index, or none."""
+        call = self._by_index.get(piece.index or 0)
+        named = piece.function is not None and piece.function.name
+        if call is None or (named and piece.id and piece.id != call.given_id):
+            call = self._by_index[piece.index or 0] = CallItem(piece.id or "", given_id=piece.id or "")
+            self._call_items.append(call)
+        return call
 
     def _begin_call(self, call: CallItem, name: str) -> None:
         self._close_item()
         call.name, call.kind = name, self._kind_of(name)
         call.call_id = self._unique(call.call_id)
-        call.item_id, call.output_index = new_id(call.kind), self._take_index()
+        call.item_id = new_id(call.kind)
         shown = self._shown(call)
         if shown is not None:
+            call.output_index = self._take_index()
             self._added(shown, call.output_index)
         if call.kind in _ARGUMENTS:
             where = {"item_id": call.item_id, "output_index": call.output_index}

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 from llama_stack.apis.inference import OpenAIChatCompletionRequestWithExtraBody
+from pydantic import ValidationError
 
 from app.domain.errors import TurnFailure
 from app.domain.events import EventKind
 from app.domain.responses import context, shape, steps
 from app.domain.responses.context import Entry, Past
 from app.domain.responses.decide import Approve, Finish, Infer, ListTools, RunCalls, decide
-from app.domain.responses.events import event, item_event
+from app.domain.responses.events import Begun, event, item_event
 from app.domain.responses.steps import ApprovedStep, Call, IndexedItem, InferenceStep, Item, ListStep, Step, ToolStep
 from app.domain.turns import TurnStatus
 from app.store import responses
@@ -42,15 +43,17 @@ class Response(Attempt):
         chain = [Past(context.entries(turn.messages), steps.read(turn.steps)) for turn in claim.past]
         conversation = [Entry(item, result) for item, result in claim.items]
         self._past = [*chain, Past(conversation)] if conversation else chain
+        self._begun = Begun()
         self._next_index = 0
-        came_before = [item for past in self._past for item in _items(past)]
-        self._approved = context.approved_calls(self._request["input"], came_before)
+        self._approved: list[Item] = []
 
     async def _leg(self) -> Outcome:
         self._tools = ResponseTools(self._given, self._claim, self._journal)
+        came_before = [item for past in self._past for item in _items(past)]
+        self._approved = context.approved_calls(self._request["input"], came_before)
         if self._claim.fence > 1:
-            self._next_index = await self._given.store.run(responses.items_begun, self._claim.turn_id)
-        if not self._journal and not self._next_index:
+            await self._take_up()
+        if not self._begun.in_progress:
             self._say("in_progress", response=self._snapshot("in_progress"))
         while True:
             if handed := await self._between_steps():
@@ -67,6 +70,24 @@ class Response(Attempt):
                     await self._run_calls(ordinal, calls)
                 case Finish() as finish:
                     return await self._end(finish)
+
+    async def _take_up(self) -> None:
+        """Goes on behind an earlier attempt: items that it began and that are in no recorded step end as unfinished.
+
+        OpenAI's SDK refuses a response that completes with an item that is not done. Its SDK for Node.js takes the
+        output of `response.in_progress` for its own, and Llama Stack's `Agent` forgets a call of a function by it.
+        """
+        self._begun = await self._given.store.run(responses.items_begun, self._claim.turn_id)
+        begun, kept = self._begun, steps.kept(self._journal)
+        self._next_index = begun.next_index
+        lost = {index: steps.unfinished(item) for index, item in begun.items.items() if index not in kept}
+        if not lost.keys() - begun.done:
+            return
+        recorded = {each.output_index: each.item for step in self._journal for each in step.items}
+        output = [recorded.get(index) or lost.get(index) or item for index, item in sorted(begun.items.items())]
+        self._say("in_progress", response={**self._snapshot("in_progress"), "output": output})
+        for index in sorted(lost.keys() - begun.done):
+            self._progress(item_event("done", self._id, index, lost[index]), EventKind.RESPONSE)
 
     def _say(self, type_: str, **fields: Any) -> None:
         self._progress(event(type_, **fields), EventKind.RESPONSE)
@@ -96,6 +117,7 @@ class Response(Attempt):
     async def _approve(self) -> None:
         calls = []
         for request in self._approved:
+            self._tools.check_approved(request)
             call = CallItem(
                 call_id=f"call_{uuid.uuid4().hex}",
                 name=request["name"],
@@ -104,8 +126,7 @@ class Response(Attempt):
                 item_id=new_id("mcp"),
                 output_index=self._take_index(),
             )
-            item = self._tools.begun(call)
-            self._begin(item, call.output_index)
+            self._begin(self._tools.begun(call), call.output_index)
             calls.append(_call(call))
         await self._record_step(ApprovedStep(step_id=_step_id(), calls=calls))
 
@@ -118,19 +139,15 @@ class Response(Attempt):
             await self._ask(self._chat_request(), answer.take)
         finally:
             self._next_index = answer.next_index
-        items = [self._tools.cited(item) for item in answer.items]
-        items += [done for call in answer.calls if (done := self._tools.asked(call)) is not None]
         step = InferenceStep(
             step_id=_step_id(),
-            items=sorted(items, key=lambda indexed: indexed.output_index),
+            items=[self._tools.cited(item) for item in answer.items],
             text=answer.text,
             calls=answer.calls,
             finish_reason=answer.finish_reason,
             usage=answer.usage,
         )
-        for call in answer.calls:
-            if call.kind == "approval":
-                self._say_asked(step, call)
+        step.items = sorted([*step.items, *self._asked(step)], key=lambda indexed: indexed.output_index)
         following = decide(self._request, [*self._journal, step], approves=bool(self._approved))
         if isinstance(following, Finish):
             return await self._end(following, step)
@@ -140,10 +157,19 @@ class Response(Attempt):
         self._ledger.started(started)
         return None
 
-    def _say_asked(self, step: InferenceStep, call: Call) -> None:
-        """An approval is asked for with the whole call, so its item is begun when the arguments are there."""
-        item = next(each.item for each in step.items if each.output_index == call.output_index)
-        self._begin(item, call.output_index)
+    def _asked(self, step: InferenceStep) -> list[IndexedItem]:
+        """The items of the calls that no worker makes.
+
+        An approval is asked for with the whole call, so its item is begun here, when the arguments are there.
+        """
+        if step.is_cut:
+            return [self._tools.cut(call) for call in step.calls if call.kind != "approval"]
+        for call in step.calls:
+            if call.kind == "approval":
+                call.output_index = self._take_index()
+                self._begin(self._tools.asked(call), call.output_index)
+        theirs = [call for call in step.calls if not call.is_ours]
+        return [IndexedItem(output_index=call.output_index, item=self._tools.asked(call)) for call in theirs]
 
     def _chat_request(self) -> OpenAIChatCompletionRequestWithExtraBody:
         request, offered = self._request, self._tools.offered()
@@ -164,13 +190,17 @@ class Response(Attempt):
             "safety_identifier": request.get("safety_identifier"),
             "prompt_cache_key": request.get("prompt_cache_key"),
         }
-        return OpenAIChatCompletionRequestWithExtraBody(
-            model=request["model"],
-            messages=told,
-            stream=True,
-            stream_options={"include_usage": True},
-            **{name: value for name, value in fields.items() if value is not None},
-        )
+        try:
+            return OpenAIChatCompletionRequestWithExtraBody(
+                model=request["model"],
+                messages=told,
+                stream=True,
+                stream_options={"include_usage": True},
+                **{name: value for name, value in fields.items() if value is not None},
+            )
+        except ValidationError as error:
+            message = f"input: this cannot be told to a model: {error.errors(include_url=False)[0]['msg']}"
+            raise TurnFailure("invalid_request", message) from error
 
     async def _run_calls(self, ordinal: int, calls: Sequence[tuple[int, Call]]) -> None:
         made_before = sum(isinstance(step, ToolStep) for step in self._journal)
@@ -266,6 +296,7 @@ class Response(Attempt):
             for call in step.calls
         }
         items = [entry.item for past in self._past for entry in past.entries] + self._request["input"]
+        items += self._begun.items.values()
         return in_steps | {item["call_id"] for item in items if item.get("call_id")} | {item["id"] for item in items}
 
 

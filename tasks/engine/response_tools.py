@@ -12,9 +12,18 @@ from typing import Any
 from llama_stack.providers.inline.agents.meta_reference.responses.utils import _extract_citations_from_text
 from llama_stack.providers.utils.inference.prompt_adapter import interleaved_content_as_str
 
-from app.domain.errors import TurnFailure
+from app.domain.errors import TurnFailure, Unsealable
 from app.domain.responses.context import SEARCH, WEB_SEARCH
-from app.domain.responses.steps import Call, IndexedItem, Item, ListStep, Step, ToolStep
+from app.domain.responses.steps import (
+    Call,
+    IndexedItem,
+    InferenceStep,
+    Item,
+    ListStep,
+    Step,
+    ToolStep,
+    unfinished,
+)
 from app.identity.sealing import Sealing
 from app.store.claims import Claim
 from tasks.engine import mcp
@@ -55,7 +64,10 @@ class Listed:
 
 
 class ResponseTools:
-    """Of one attempt; looks at its journal as that grows. Raises TurnFailure: two tools have one name."""
+    """Of one attempt; looks at its journal as that grows.
+
+    Raises TurnFailure: two tools have one name, or the request's secrets cannot be opened.
+    """
 
     def __init__(self, given: Tools, claim: Claim, journal: Sequence[Step]) -> None:
         self._given = given
@@ -66,8 +78,7 @@ class ResponseTools:
         self._functions = {tool["name"]: tool for tool in self._tools if tool["type"] == "function"}
         self._file_search = next((tool for tool in self._tools if tool["type"] == "file_search"), None)
         self._web_search = next((tool for tool in self._tools if tool["type"].startswith("web_search")), None)
-        secrets = Sealing(given.settings.sealing_keys).open(claim.sealed, claim.turn_id) if claim.sealed else {}
-        self._headers: dict[str, dict[str, str]] = secrets.get("mcp_headers") or {}
+        self._headers = _mcp_headers(given, claim)
         self._owner_of_server = {tool["server_label"]: tool for tool in self._tools if tool["type"] == "mcp"}
 
     # --- what is offered ---
@@ -82,14 +93,19 @@ class ResponseTools:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise TurnFailure("invalid_request", f"tools: {', '.join(sorted(twice))} is offered twice")
-        allowed = _allowed_names(self._request.get("tool_choice"))
+        allowed = self._allowed_names()
         return [
             {"type": "function", "function": each} for each in functions if allowed is None or each["name"] in allowed
         ]
 
     def choice(self) -> Any:
-        """`tool_choice` in the chat completions' spelling."""
+        """`tool_choice` in the chat completions' spelling.
+
+        A tool that is forced is forced once: a model that had to call one again and again would never answer.
+        """
         choice = self._request.get("tool_choice") or "auto"
+        if choice != "none" and any(isinstance(step, InferenceStep) for step in self._journal):
+            return "auto"
         if isinstance(choice, str):
             return choice
         if choice["type"] == "allowed_tools":
@@ -100,7 +116,28 @@ class ResponseTools:
             return {"type": "function", "function": {"name": WEB_SEARCH}}
         if choice.get("name"):
             return {"type": "function", "function": {"name": choice["name"]}}
-        return "required"  # of an MCP server, any tool: the names are not known when the request is made
+        return "required"  # any tool of an MCP server: no others are offered
+
+    def _allowed_names(self) -> set[str] | None:
+        """The functions that `tool_choice` leaves; None: all."""
+        choice = self._request.get("tool_choice")
+        if not isinstance(choice, dict):
+            return None
+        if choice["type"] == "allowed_tools":
+            return {name for tool in choice["tools"] for name in self._names_of(tool)}
+        forces_any = choice["type"] == "mcp" and not choice.get("name") and self.choice() == "required"
+        return self._names_of(choice) if forces_any else None
+
+    def _names_of(self, tool: Mapping[str, Any]) -> set[str]:
+        """The functions that stand for a tool before the model."""
+        if tool["type"] == "file_search":
+            return {SEARCH}
+        if tool["type"].startswith("web_search"):
+            return {WEB_SEARCH}
+        if tool.get("name"):
+            return {tool["name"]}
+        label = tool.get("server_label")
+        return {name for name, (server, _) in self._mcp_tools().items() if server["server_label"] == label}
 
     def kind_of(self, name: str) -> CallKind:
         """Whose a call is: a name that nobody offered is taken for a function of the client's."""
@@ -180,21 +217,33 @@ class ResponseTools:
             }
         return {"type": "web_search_call", "id": call.item_id, "status": "in_progress"}
 
-    def asked(self, call: Call) -> IndexedItem | None:
+    def asked(self, call: Call) -> Item:
         """The whole item of a call that is not ours to make."""
         if call.kind == "function":
-            item = _function_call(call.item_id, call.call_id, call.name, call.arguments, "completed")
-        elif call.kind == "approval":
-            item = {
-                "type": "mcp_approval_request",
-                "id": call.item_id,
-                "name": call.name,
-                "arguments": call.arguments,
-                "server_label": self._mcp_tools()[call.name][0]["server_label"],
-            }
+            return _function_call(call.item_id, call.call_id, call.name, call.arguments, "completed")
+        return {
+            "type": "mcp_approval_request",
+            "id": call.item_id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "server_label": self._mcp_tools()[call.name][0]["server_label"],
+        }
+
+    def check_approved(self, request: Item) -> None:
+        """Raises TurnFailure: the call that is approved is one of a server that this request does not have."""
+        name, label = request["name"], request["server_label"]
+        found = self._mcp_tools().get(name)
+        if found is None or found[0]["server_label"] != label:
+            message = f"tools: there is no MCP server {label!r} with a tool {name!r}, whose call the input approves"
+            raise TurnFailure("invalid_request", message)
+
+    def cut(self, call: Call) -> IndexedItem:
+        """The item of a call that will not be made, because the model was stopped."""
+        if call.kind == "function":
+            item = _function_call(call.item_id, call.call_id, call.name, call.arguments, "incomplete")
         else:
-            return None
-        return IndexedItem(output_index=call.output_index, item=item)
+            item = {**self.done(call, {"content": None, "error": None}), "status": "incomplete"}
+        return IndexedItem(output_index=call.output_index, item=unfinished(item))
 
     def progress(self, call: Call) -> list[str]:
         """The events that tell that a call is being made."""
@@ -266,7 +315,7 @@ class ResponseTools:
             return _failed("This call was not made: max_tool_calls calls were made before.")
         try:
             arguments = json.loads(call.arguments)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             return _failed(f"The arguments are not valid JSON: {error}.")
         if not isinstance(arguments, dict):
             return _failed("The arguments are not a JSON object.")
@@ -326,6 +375,16 @@ class ResponseTools:
         return _failed(f"The tool's result has {size} bytes, more than the {limit} allowed (TOOL_RESULT_MAX_BYTES).")
 
 
+def _mcp_headers(given: Tools, claim: Claim) -> dict[str, dict[str, str]]:
+    """By the label of the server. Raises TurnFailure."""
+    if claim.sealed is None:
+        return {}
+    try:
+        return Sealing(given.settings.sealing_keys).open(claim.sealed, claim.turn_id)["mcp_headers"]
+    except Unsealable as error:
+        raise TurnFailure("internal_error", str(error)) from error
+
+
 def _failed(message: str) -> dict[str, Any]:
     return {"content": message, "error": message}
 
@@ -383,7 +442,7 @@ def _function_call(item_id: str, call_id: str, name: str, arguments: str, status
 def _query(arguments: str) -> str:
     try:
         return str(json.loads(arguments).get("query") or "")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return arguments
 
 
@@ -412,18 +471,3 @@ def _matches(which: Any, name: str, annotations: Mapping[str, Any]) -> bool:
     if names is not None and name not in names:
         return False
     return read_only is None or bool(annotations.get("readOnlyHint")) == read_only
-
-
-def _allowed_names(choice: Any) -> set[str] | None:
-    """The functions that `tool_choice` of type `allowed_tools` leaves; None: all."""
-    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
-        return None
-    names = set()
-    for tool in choice["tools"]:
-        if tool["type"] == "file_search":
-            names.add(SEARCH)
-        elif tool["type"].startswith("web_search"):
-            names.add(WEB_SEARCH)
-        elif tool.get("name"):
-            names.add(tool["name"])
-    return names

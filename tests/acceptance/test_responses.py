@@ -23,6 +23,9 @@ from tests.acceptance.conftest import Caravan
 from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import DIMENSIONS, ScriptedModel
 
+pytestmark = pytest.mark.pools("turn-pool")
+both_pools = pytest.mark.pools("turn-pool", "prefork")
+
 Sdk = Any
 """openai.OpenAI: its unions of items and events are no subject of these tests."""
 
@@ -52,6 +55,7 @@ def test_a_response_whole(sdk: Sdk, model: ScriptedModel) -> None:
     assert sdk.responses.retrieve(response.id) == response
 
 
+@both_pools
 def test_a_response_streamed(sdk: Sdk, model: ScriptedModel) -> None:
     """OpenAI's events in OpenAI's order, numbered from 0 without a gap; the replay is the same."""
     seen = list(sdk.responses.create(model=MODEL, input="SAY hello world", stream=True))
@@ -153,6 +157,7 @@ def test_a_conversation_grows(sdk: Sdk, model: ScriptedModel) -> None:
     assert answer.conversation.id == conversation.id
 
 
+@both_pools
 def test_mcp_tools(sdk: Sdk, model: ScriptedModel) -> None:
     """The server's tools are listed and called by the worker, in OpenAI's events; the next response knows of it."""
     with McpServer() as mcp:
@@ -329,6 +334,7 @@ def test_tokens_or_iterations_run_out(sdk: Sdk, model: ScriptedModel) -> None:
         assert "max_tool_calls" in limited.output[2].error
 
 
+@both_pools
 def test_in_the_background(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
     """Answered at once, followed by GET, resumed from any event on its way, and cancelled, twice."""
     queued = sdk.responses.create(model=MODEL, input="PART one two | HOLD gate | SAY three", background=True)
@@ -476,6 +482,184 @@ def test_a_tool_that_fails_is_told_to_the_model(sdk: Sdk, model: ScriptedModel) 
     told = [each["content"] for each in json.loads(response.output_text) if each["role"] == "tool"]
     assert "vs_none" in told[0]
     assert "builtin::websearch" in told[1]
+
+
+def test_approvals_are_answered_once(sdk: Sdk, model: ScriptedModel) -> None:
+    """Beside a call that is made at once and one of the client's; in a conversation too. An approval that was given
+    before, of another response or of a server that is not there, is refused, and the call is not made again."""
+    with McpServer() as mcp:
+        tool: Any = {
+            "type": "mcp",
+            "server_label": "calc",
+            "server_url": mcp.url,
+            "require_approval": {"always": {"tool_names": ["count"]}},
+        }
+        tools: Any = [tool, FUNCTION]
+        script = (
+            'PART Wait. | CALL count {"key": "k"} & CALL add {"a": 1, "b": 2} & CALL temperature {} & '
+            'CALL count {"key": "l"}'
+        )
+        with sdk.responses.stream(model=MODEL, input=script, tools=tools) as stream:
+            asked = stream.get_final_response()
+        kinds = ["mcp_list_tools", "message", "mcp_call", "function_call", *["mcp_approval_request"] * 2]
+        assert [item.type for item in asked.output] == kinds
+        function, first, second = asked.output[-3:]
+        given = [_answer(second, True), _output(function), _answer(first, False)]
+        answered = sdk.responses.create(model=MODEL, input=given, previous_response_id=asked.id, tools=tools)
+        assert mcp.counts() == {"l": 1}
+        told = json.loads(
+            sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=answered.id).output_text
+        )
+        roles = ["user", "assistant", *["tool"] * 3, "assistant", "tool", "assistant", "user"]
+        assert [message["role"] for message in told] == roles
+        assert [len(message["tool_calls"]) for message in told if "tool_calls" in message] == [3, 1]
+
+        for previous, approved, offered in (
+            (answered.id, second, tools),
+            (sdk.responses.create(model=MODEL, input="SAY x").id, second, tools),
+            (asked.id, second, [{**tool, "server_label": "other"}]),
+        ):
+            with pytest.raises(openai.BadRequestError, match=r"Approval request|whose call the input approves"):
+                sdk.responses.create(
+                    model=MODEL, input=[_answer(approved, True)], previous_response_id=previous, tools=offered
+                )
+        assert mcp.counts() == {"l": 1}
+
+        talk = sdk.conversations.create().id
+        asked = sdk.responses.create(model=MODEL, input='CALL count {"key": "t"}', conversation=talk, tools=[tool])
+        yes = [_answer(asked.output[-1], True)]
+        answered = sdk.responses.create(model=MODEL, input=yes, conversation=talk, tools=[tool])
+        assert answered.output_text == "The tool said: 1 "
+        with pytest.raises(openai.BadRequestError, match="was answered before"):
+            sdk.responses.create(model=MODEL, input=yes, conversation=talk, tools=[tool])
+        assert mcp.counts() == {"l": 1, "t": 1}
+
+
+def _answer(request: Any, approve: bool) -> dict[str, Any]:
+    return {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": approve}
+
+
+def _output(call: Any) -> dict[str, Any]:
+    return {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+
+
+def test_a_client_that_keeps_its_own_history(sdk: Sdk, model: ScriptedModel) -> None:
+    """Output items can be given as input as they came; ids that the model uses twice are each answered."""
+    history: list[Any] = []
+    for question in ("CALLID same temperature {}", "CALLID same temperature {}"):
+        history.append({"role": "user", "content": question})
+        response = sdk.responses.create(model=MODEL, input=history, tools=[FUNCTION], store=False)
+        history += [*(item.to_dict() for item in response.output), _output(response.output[-1])]
+    history.append({"role": "user", "content": "HISTORY"})
+    told = json.loads(sdk.responses.create(model=MODEL, input=history, store=False).output_text)
+    assert [message["role"] for message in told] == ["user", "assistant", "tool", "user", "assistant", "tool", "user"]
+    assert [message["content"] for message in told if message["role"] == "tool"] == ["5", "5"]
+
+
+def test_a_tool_that_must_be_called_is_called_once(sdk: Sdk, model: ScriptedModel) -> None:
+    """Or there would be no answer."""
+    with McpServer() as mcp:
+        tool: Any = {"type": "mcp", "server_label": "calc", "server_url": mcp.url}
+        choice: Any = {"type": "mcp", "server_label": "calc", "name": "add"}
+        sdk.responses.create(model=MODEL, input='CALL add {"a": 1, "b": 2} | SAY 3', tools=[tool], tool_choice=choice)
+    forced = {"type": "function", "function": {"name": "add"}}
+    assert [asked["body"]["tool_choice"] for asked in model.requests()] == [forced, "auto"]
+
+
+def test_responses_of_a_conversation_run_in_order_and_end_with_it(sdk: Sdk, model: ScriptedModel) -> None:
+    """One that is cancelled while it waits adds nothing, and the next one goes on; deleting ends what runs there."""
+    talk = sdk.conversations.create().id
+    scripts = ("PART one | HOLD first | SAY two", "SAY never", "HISTORY", "PART more | HANG")
+    first, second, third, last = (
+        sdk.responses.create(model=MODEL, input=script, conversation=talk, background=True) for script in scripts
+    )
+    model.wait_held("first")
+    assert sdk.responses.retrieve(third.id).status == "queued"
+    assert sdk.responses.cancel(second.id).status == "cancelled"
+    model.release("first")
+    told = list(sdk.responses.retrieve(third.id, stream=True))[-1].response.output_text
+    assert [message["role"] for message in json.loads(told)] == ["user", "assistant", "user"]
+    assert sdk.responses.retrieve(first.id).output_text == "one two "
+    stream = sdk.responses.retrieve(last.id, stream=True)
+    for event in stream:
+        if event.type == "response.output_text.delta":
+            break
+    sdk.conversations.delete(talk)
+    *_, end = stream
+    assert (end.type, end.response.status) == ("response.failed", "cancelled")
+    for gone in (first, last):
+        with pytest.raises(openai.NotFoundError):
+            sdk.responses.retrieve(gone.id)
+
+
+def test_texts_that_are_hard_to_keep(caravan: Caravan, model: ScriptedModel) -> None:
+    """U+0000 anywhere is kept; what is no text, no JSON or too deep is refused by its name. Never an error of ours."""
+    nul = "a\0b"
+    function = {**FUNCTION, "description": nul, "parameters": {"type": "object", "properties": {nul: {}}}}
+    image = {"type": "input_image", "image_url": f"data:{nul}"}
+    deep: Any = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    good: list[dict[str, Any]] = [
+        {"input": f"SAY {nul} \U0001f42b"},
+        {"instructions": nul, "metadata": {nul: nul}, "user": nul, "tools": [function], "tool_choice": "auto"},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "SAY x"}, image]}]},
+        {"input": [{"type": "function_call", "call_id": nul, "name": "f", "arguments": nul}]},
+        {"input": "SAY x\n" + " word" * 200_000},
+    ]
+    bad: list[dict[str, Any]] = [
+        {"model": nul},
+        {"input": "\ud800"},
+        {"instructions": "\udfff"},
+        {"input": [{"role": "user", "content": "x", "more": deep}]},
+        {"tools": [{**FUNCTION, "parameters": deep}]},
+        {"previous_response_id": f"resp_{nul}"},
+        {"input": [{"role": "system", "content": [image]}]},
+        {"input": [{"type": "function_call_output", "call_id": nul, "output": nul}]},
+    ]
+    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=60) as http:
+
+        def post(fields: dict[str, Any]) -> httpx.Response:
+            body = json.dumps({"model": MODEL, "input": "SAY hi", **fields})
+            return http.post("/responses", content=body, headers={"content-type": "application/json"})
+
+        for fields in good:
+            answer = post(fields)
+            assert answer.status_code == 200, answer.text[:500]
+            made = answer.json()
+            assert http.get(f"/responses/{made['id']}").json() == made
+            assert http.get(f"/responses/{made['id']}/input_items").status_code == 200
+        for fields in bad:
+            answer = post(fields)
+            assert answer.status_code == 400, (fields, answer.text[:500])
+            assert answer.json()["error"]["message"]
+        assert post({"conversation": f"conv_{nul}"}).status_code == 404
+        assert post({"input": "x" * 11_000_000}).status_code == 413
+
+
+def test_what_a_get_may_ask(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
+    """A place in the stream, which is one of a stream; nothing else is dropped. OpenAI's other routes are not there."""
+    made = sdk.responses.create(model=MODEL, input="SAY hi").id
+    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=30) as http:
+        for query in (
+            "starting_after=0",
+            "stream=true&starting_after=-1",
+            "stream=true&starting_after=x",
+            "stream=true&starting_after=99",
+            "stream=true&include_obfuscation=true",
+            "include[]=web_search_call.action.sources",
+            "include=message.output_text.logprobs",
+        ):
+            answer = http.get(f"/responses/{made}?{query}")
+            assert answer.status_code == 400, query
+            assert answer.json()["error"]["param"], query
+        ids = (made.removeprefix("resp_"), "resp_", "resp_x", f"resp_{uuid.uuid4()}", "resp_%00")
+        assert {http.get(f"/responses/{each}").status_code for each in ids} == {404}
+        for route in ("compact", "input_tokens"):
+            answer = http.post(f"/responses/{route}", json={"model": MODEL, "input": "hi"})
+            assert answer.status_code in (404, 405)
+            assert answer.json()["error"]["message"]
+    assert sdk.responses.retrieve(made, include=["file_search_call.results"]).id == made
 
 
 def test_an_operator_sees_and_follows_responses(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:

@@ -75,22 +75,35 @@ def messages(
 
 
 def _answered(parts: Sequence[_Part]) -> list[Message]:
-    answers = {part.call_id: part.content for part in parts if isinstance(part, _Answer)}
+    """Each call with its answer right behind it. A text and the calls behind it are one message, as the model said it.
+
+    Models use an id twice: an output answers the call that has its id and was asked for last.
+    """
     told: list[Message] = []
+    answers: dict[str, Message] = {}
     for part in parts:
-        if isinstance(part, _Asked):
-            calls = part.calls
-            told.append({"role": "assistant", "content": part.content, "tool_calls": calls})
-            for call in calls:
-                content = part.answers.get(call["id"], answers.pop(call["id"], UNANSWERED))
-                told.append({"role": "tool", "tool_call_id": call["id"], "content": content})
-        elif not isinstance(part, _Answer):
+        if isinstance(part, _Answer):
+            if part.call_id not in answers:
+                message = f"input: No tool call found for function call output with call_id {part.call_id}"
+                raise TurnFailure("invalid_request", message)
+            answers[part.call_id]["content"] = part.content
+        elif isinstance(part, _Asked):
+            content = told.pop()["content"] if told and _is_said(told[-1]) else None
+            told.append({"role": "assistant", "content": part.content or content, "tool_calls": part.calls})
+            answered = [_tool_message(call["id"], part.answers.get(call["id"], UNANSWERED)) for call in part.calls]
+            answers |= {message["tool_call_id"]: message for message in answered}
+            told += answered
+        else:
             told.append(part)
-    if answers:
-        missing = ", ".join(answers)
-        message = f"input: No tool call found for function call output with call_id {missing}"
-        raise TurnFailure("invalid_request", message)
     return told
+
+
+def _is_said(message: Message) -> bool:
+    return message["role"] == "assistant" and "tool_calls" not in message
+
+
+def _tool_message(call_id: str, content: Any) -> Message:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
 def _denied(items: Iterable[Item]) -> dict[str, str | None]:
@@ -151,7 +164,9 @@ def _of_entries(given: Sequence[Entry], denied: Mapping[str, str | None]) -> Ite
 def _of_item(item: Item, result: str | None, denied: Mapping[str, str | None]) -> Iterator[_Part]:
     kind = item["type"]
     if kind == "message":
-        yield _message(item)
+        message = _message(item)
+        if message["role"] != "assistant" or message["content"]:  # model servers refuse an empty one
+            yield message
     elif kind == "function_call_output":
         yield _Answer(item["call_id"], _output(item["output"]))
     elif kind == "mcp_call":
@@ -184,9 +199,13 @@ def _message(item: Item) -> Message:
         return {"role": role, "content": content}
     if role == "assistant":
         return {"role": role, "content": "".join(part.get("text") or part.get("refusal") or "" for part in content)}
-    parts = [_content_part(part) for part in content]
-    # One text as such: not every model server's template takes a list, for the system's message above all.
-    return {"role": role, "content": parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts}
+    return {"role": role, "content": _content(content)}
+
+
+def _content(given: Sequence[Mapping[str, Any]]) -> Any:
+    """One text as such: not every model server's template takes a list, for the system's message above all."""
+    parts = [_content_part(part) for part in given] or [{"type": "text", "text": ""}]
+    return parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts
 
 
 def _content_part(part: Mapping[str, Any]) -> Message:
@@ -197,14 +216,23 @@ def _content_part(part: Mapping[str, Any]) -> Message:
 
 def _output(output: Any) -> Any:
     """Of a function: text, or a list of content parts, of which only text goes into a tool's message."""
-    if isinstance(output, str):
-        return output
-    return [_content_part(part) for part in output]
+    return output if isinstance(output, str) else _content(output)
 
 
-def approved_calls(given: Sequence[Item], asked: Iterable[Item]) -> list[Item]:
-    """The approval requests among `asked` (items that came before) that the input approves, in the order asked."""
-    answers = (item for item in given if item["type"] == "mcp_approval_response" and item["approve"])
-    approved = {item["approval_request_id"] for item in answers}
-    requests = [*asked, *given]
-    return [item for item in requests if item["type"] == "mcp_approval_request" and item["id"] in approved]
+def approved_calls(given: Sequence[Item], before: Sequence[Item]) -> list[Item]:
+    """The approval requests that the input approves, in the order asked. `before`: all items that came before it.
+
+    Raises TurnFailure: there is no such request, or it was answered already, so that its call would be made again.
+    """
+    requests = {item["id"]: item for item in (*before, *given) if item["type"] == "mcp_approval_request"}
+    answered = {item["approval_request_id"] for item in before if item["type"] == "mcp_approval_response"}
+    approved = set()
+    for item in given:
+        if item["type"] == "mcp_approval_response":
+            request_id = item["approval_request_id"]
+            if request_id not in requests or request_id in answered:
+                problem = "was answered before" if request_id in answered else "not found"
+                raise TurnFailure("invalid_request", f"input: Approval request {request_id} {problem}")
+            answered.add(request_id)
+            approved |= {request_id} if item["approve"] else set()
+    return [item for request_id, item in requests.items() if request_id in approved]

@@ -60,6 +60,9 @@ def decide(request: Mapping[str, Any], journal: Sequence[Step], *, approves: boo
         return Infer()
     step = journal[ordinal]
     assert isinstance(step, InferenceStep | ApprovedStep)
+    if isinstance(step, InferenceStep) and step.is_cut:
+        # None of its calls is made: one that was cut off behind its name would be made without its arguments.
+        return Finish("incomplete", "max_output_tokens" if step.finish_reason == "length" else "content_filter")
     ours = [(index, call) for index, call in enumerate(step.calls) if call.is_ours]
     answered = sum(isinstance(later, ToolStep) for later in journal[ordinal + 1 :])
     if answered < len(ours):
@@ -70,10 +73,6 @@ def decide(request: Mapping[str, Any], journal: Sequence[Step], *, approves: boo
 
 
 def _after_answer(request: Mapping[str, Any], journal: Sequence[Step], step: InferenceStep) -> Action:
-    if step.finish_reason == "length":
-        return Finish("incomplete", "max_output_tokens")
-    if step.finish_reason == "content_filter":
-        return Finish("incomplete", "content_filter")
     if not step.calls or any(not call.is_ours for call in step.calls):
         return Finish("completed")
     iterations = sum(isinstance(each, InferenceStep) for each in journal)

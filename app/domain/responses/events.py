@@ -6,13 +6,15 @@ Each begins with its type, `{"type":"response.…"`. Source: OpenAI's API refere
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from app.domain.events import Event, ascii_json
+from app.domain.events import Event, EventKind, ascii_json
 from app.domain.responses.steps import Item
 
 _TYPE = '{"type":"'
+_DONE, _IN_PROGRESS = f'{_TYPE}response.output_item.done"', f'{_TYPE}response.in_progress"'
 
 
 def event(type_: str, **fields: Any) -> str:
@@ -27,6 +29,32 @@ def item_event(what: Literal["added", "done"], response_id: str, output_index: i
 def sequence_number(n: int) -> int:
     """Of the event with the number `n` in the log, which counts from 1."""
     return n - 1
+
+
+@dataclass
+class Begun:
+    """What a response's events say of its output items, whether their attempts recorded them or not."""
+
+    items: dict[int, Item] = field(default_factory=dict)
+    """As they were begun, by output index."""
+    done: set[int] = field(default_factory=set)
+    """The output indexes of those that are done."""
+    in_progress: bool = False
+    """Whether the response was said to be in progress."""
+
+    def read(self, events: Iterable[Event]) -> None:
+        for each in events:
+            if each.kind == EventKind.ITEM_ADDED:
+                said = json.loads(each.data)
+                self.items[said["output_index"]] = said["item"]
+            elif each.data.startswith(_DONE):
+                self.done.add(json.loads(each.data)["output_index"])
+            elif each.data.startswith(_IN_PROGRESS):
+                self.in_progress = True
+
+    @property
+    def next_index(self) -> int:
+        return max(self.items, default=-1) + 1
 
 
 class Delta:

@@ -68,6 +68,11 @@ class InferenceStep(BaseModel):
     finish_reason: str
     usage: dict[str, Any] | None = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the model was stopped in the middle, so that arguments of its calls may be missing."""
+        return self.finish_reason in ("length", "content_filter")
+
 
 class ToolStep(BaseModel):
     """One call was made; `content` is what the model is told of it."""
@@ -99,6 +104,21 @@ def output(stored: Iterable[Mapping[str, Any]]) -> list[Item]:
     """The output items of steps as they are stored, in the order in which they were begun."""
     items = [indexed for step in stored for indexed in step["items"]]
     return [indexed["item"] for indexed in sorted(items, key=lambda indexed: indexed["output_index"])]
+
+
+def kept(journal: Iterable[Step]) -> set[int]:
+    """The output indexes of the items in these steps, and of the calls whose results will be items."""
+    made = {item.output_index for step in journal for item in step.items}
+    asked = (step.calls for step in journal if isinstance(step, InferenceStep | ApprovedStep))
+    return made | {call.output_index for calls in asked for call in calls}
+
+
+def unfinished(item: Item) -> Item:
+    """An item that was begun and will not be whole."""
+    if item["type"] == "mcp_list_tools":
+        return {**item, "error": "The tools were not listed: the worker was lost."}
+    status = "failed" if item["type"] == "web_search_call" else "incomplete"
+    return {**item, "status": status} if "status" in item else item
 
 
 def usage(stored: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:

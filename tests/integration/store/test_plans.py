@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from sqlalchemy import Connection, event, text
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
-from app.store import Store, admission, agents, claims, conversations, prune, turns, workers
+from app.store import Store, admission, agents, claims, conversations, prune, responses, turns, workers
 from app.store.admission import Resumption
+from tests.integration.store.asking import Asking
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, no_redis
 
 ROWS = 3000
@@ -169,6 +171,48 @@ def test_conversations_read_by_index(crowded: Seeds) -> None:
     ]
     for query in queries:
         assert_indexed(crowded.store, query)
+
+
+def test_responses_read_by_index(crowded: Seeds) -> None:
+    """Accepted (alone, in a conversation, as a retry, behind another), claimed, read, listed and deleted."""
+    asking = Asking(crowded)
+    talk = asking.conversation()
+    first = asking.ended("one")
+    retried, last = asking.ask("retried"), asking.ask("two", previous=first)
+    talking, worker_id = asking.ask(talk=talk), crowded.worker()
+    analyze(crowded.store)
+    key = uuid.uuid4().hex
+    accepted = [
+        asking.submission("new", idempotency_key=key),
+        asking.submission("new", talk),
+        asking.submission("new", previous=first),
+        asking.submission("retried", is_retry=True),
+        asking.submission("new", talk, is_retry=True, idempotency_key=key),
+    ]
+    queries: list[Callable[[Connection], Any]] = [
+        lambda connection: responses.get_response(connection, OWNER, first),
+        lambda connection: responses.read_response(connection, OWNER, first),
+        lambda connection: responses.input_items(connection, OWNER, last),
+        lambda connection: responses.mark_response_deleted(connection, OWNER, last),
+        lambda connection: responses.segment_end_before(connection, first, 5),
+        lambda connection: responses.items_begun(connection, first),
+        lambda connection: claims.claim(connection, last, worker_id, 60),
+        lambda connection: claims.claim(connection, talking, worker_id, 60),
+    ]
+    queries += [partial(admission.accept_response, asked=asked) for asked in accepted]
+    for query in queries:
+        assert_indexed(crowded.store, query)
+    found = plans(crowded.store, queries[-2])
+    assert any("ix_turns_response_hash" in plan for plan in found), found
+    assert retried
+    for after in (None, first):
+        [*_, listed, _] = assert_indexed(
+            crowded.store,
+            lambda connection, after=after: responses.list_responses(
+                connection, OWNER, after, 20, model=None, descending=True
+            ),
+        )
+        assert "ix_turns_responses" in listed
 
 
 def test_a_turn_takes_as_many_statements_in_a_long_session_as_in_a_short_one(crowded: Seeds) -> None:
