@@ -19,10 +19,10 @@ from app.store.turns import Ended, RaiseFence, add_segment, cancel, end, read_st
 
 KEEP_KEYS_SECONDS = 24 * 3600
 ANSWERED_SECONDS = 15
-"""SDKs wait 8 s at most before they try again: a response that ended earlier than that was answered."""
+"""SDKs wait 8 s at most before they try again: what ended earlier than that was answered, so this is no retry of it."""
 
-RETRY_SECONDS = 600
-"""A request that says it is a retry is one of the session's newest turn, if that is no older and was the same."""
+RETRY_SECONDS = 1800
+"""What is older than this was not asked for by an earlier try: SDKs wait 600 s for an answer, three times."""
 
 SUPERSEDED = TurnFailure("superseded", "A newer turn of the session superseded this one while it awaited input.")
 INTERRUPTED = TurnFailure("cancelled", "Interrupted by a newer turn of the session.")
@@ -144,12 +144,14 @@ _UNFINISHED = (
     .where(turns.c.session_id == bindparam("of_session"), text(UNFINISHED_SQL))
     .order_by(turns.c.number)
 )
+_MAY_BE_RETRIED = (
+    turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
+    or_(turns.c.completed_at.is_(None), turns.c.completed_at > _NOW - seconds(ANSWERED_SECONDS)),
+)
 _NEWEST = (
     select(turns.c.turn_id, turns.c.request_hash)
     .where(
-        turns.c.session_id == bindparam("of_session"),
-        turns.c.number == bindparam("numbered"),
-        turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
+        turns.c.session_id == bindparam("of_session"), turns.c.number == bindparam("numbered"), *_MAY_BE_RETRIED
     )
     .limit(1)
 )
@@ -159,8 +161,7 @@ _SAME_RESPONSE = (
         turns.c.kind == TurnKind.RESPONSE,
         turns.c.request_hash == bindparam("hash"),
         turns.c.owner == bindparam("of_owner"),
-        turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
-        or_(turns.c.completed_at.is_(None), turns.c.completed_at > _NOW - seconds(ANSWERED_SECONDS)),
+        *_MAY_BE_RETRIED,
     )
     .order_by(turns.c.created_at.desc())
     .limit(1)
@@ -340,7 +341,7 @@ def _first_with_key(
 
 
 def _retried(connection: Connection, asked: Submission, number: int) -> Accepted | None:
-    """The session's newest turn, if this request asks for the same; gives the number back."""
+    """The session's newest turn, if this request asks for the same and was not answered yet; gives the number back."""
     newest = connection.execute(_NEWEST, {"of_session": asked.session_id, "numbered": number - 1}).one_or_none()
     if newest is None or newest.request_hash is None or bytes(newest.request_hash) != asked.request_hash:
         return None

@@ -89,12 +89,18 @@ class Seeds:
         return self.store.transact(claims.record, claim, recorded, **what)
 
     def complete(self, claim: Claim) -> Claim:
-        return self.record(claim, [next_event(claim, EventKind.TURN_COMPLETE)], end=LegEnd(TurnStatus.COMPLETED))
+        end = LegEnd(TurnStatus.COMPLETED, completed_at=datetime.now(UTC))
+        return self.record(claim, [next_event(claim, EventKind.TURN_COMPLETE)], end=end)
 
     def await_input(self, claim: Claim, wait_seconds: float = 60) -> Claim:
         """Ends the leg after an inference that asks for the client's tool `ask`."""
         step = inference_step(claim.turn_id, ToolCall(call_id="c1", tool_name="ask", arguments="{}"))
-        end = LegEnd(TurnStatus.AWAITING_INPUT, step["model_response"], deadline_seconds=wait_seconds)
+        end = LegEnd(
+            TurnStatus.AWAITING_INPUT,
+            step["model_response"],
+            completed_at=datetime.now(UTC),
+            deadline_seconds=wait_seconds,
+        )
         last = next_event(claim, EventKind.TURN_AWAITING_INPUT)
         return self.record(claim, [last], step=step, end=end)
 

@@ -12,7 +12,7 @@ import pytest
 from app.domain.errors import Conflict, InvalidRequest, KeyReused, NotFound, TooManyTurns
 from app.domain.events import START
 from app.domain.turns import MultitaskStrategy, TurnStatus
-from app.store import admission, agents, turns
+from app.store import admission, agents, claims, turns
 from app.store.admission import Accepted, Caps, Submission
 from tests.integration.store.seeds import NO_CAPS, OWNER, Json, Seeds
 
@@ -132,7 +132,7 @@ def test_a_turn_that_is_being_cancelled_cannot_be_resumed(seeds: Seeds) -> None:
 
 
 def test_a_retry_is_the_sessions_newest_turn_if_it_was_the_same(seeds: Seeds) -> None:
-    """A request that says so, without a key; an old turn, another request or one that is no retry is a new turn."""
+    """A request that says so, without a key; another request or one that is no retry is a new turn."""
     session_id = seeds.session()
     first = again(seeds, session_id)
     retry = again(seeds, session_id, is_retry=True)
@@ -140,9 +140,28 @@ def test_a_retry_is_the_sessions_newest_turn_if_it_was_the_same(seeds: Seeds) ->
     assert again(seeds, session_id).is_new
     assert seeds.submit(seeds.submission(session_id, documents=["another"]), is_retry=True).is_new
     assert numbers(seeds, session_id) == [1, 2, 3]
-    last = seeds.submission(session_id)
-    made = seeds.submit(last)
-    seeds.age(made.turn_id, "created_at", 601)
+
+
+@pytest.mark.parametrize("leg_ends", [Seeds.complete, Seeds.await_input])
+def test_a_retry_is_none_of_a_turn_that_was_answered(
+    seeds: Seeds, leg_ends: Callable[[Seeds, claims.Claim], claims.Claim]
+) -> None:
+    """People say "yes" twice: the first try of the second one was refused, and an SDK sends it again. That is a new
+    turn, unless the answer to the first one came so lately that it may have been lost."""
+    session_id = seeds.session()
+    first = again(seeds, session_id).turn_id
+    seeds.age(first, "created_at", admission.RETRY_SECONDS - 60)
+    leg_ends(seeds, seeds.claimed(first))
+    assert again(seeds, session_id, is_retry=True).turn_id == first
+    seeds.age(first, "completed_at", admission.ANSWERED_SECONDS)
+    assert again(seeds, session_id, is_retry=True).is_new
+    assert numbers(seeds, session_id) == [1, 2]
+
+
+def test_a_retry_is_none_of_a_turn_that_no_sdk_waits_for_any_more(seeds: Seeds) -> None:
+    """Though it goes on still."""
+    session_id = seeds.session()
+    seeds.age(again(seeds, session_id).turn_id, "created_at", admission.RETRY_SECONDS)
     assert again(seeds, session_id, is_retry=True).is_new
 
 
