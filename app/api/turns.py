@@ -217,7 +217,8 @@ async def resume_turn(
             is_retry=is_retry,
         )
         return await _submit(service, asked, request, dialect, bool(body.stream))
-    accepted = await _resume(service, turn, Resumption(owner, session_id, turn_id, responses, digest, idempotency_key))
+    resumption = Resumption(owner, session_id, turn_id, responses, digest, service.caps, idempotency_key)
+    accepted = await _resume(service, turn, resumption)
     if accepted.is_new:
         await service.ring(turn_id, request.headers.get("traceparent"))
     return await _answer(service, dialect, agent_id, session_id, accepted, bool(body.stream))

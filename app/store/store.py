@@ -182,7 +182,7 @@ def _limit_idling(
 ) -> tuple[str, Any]:
     """The first statement of a transaction brings its limit along, in the same round trip.
 
-    Of the transaction, not of the session: behind PgBouncer's transaction pooling the next one may meet another session.
+    Of the transaction, not of the session: behind PgBouncer's transaction pooling the next may meet another session.
     """
     if cursor.connection.info.transaction_status == TRANSACTION_STATUS_IDLE and not cursor.connection.autocommit:
         statement = _LIMIT_IDLING + statement

@@ -59,10 +59,15 @@ class Seeds:
     def accept(self, session_id: str, turn_id: str, **request: Any) -> list[Ended]:
         return list(self.submit(self.submission(session_id, turn_id, **request)).ended)
 
-    def resume(self, turn_id: str, session_id: str, responses: list[Json], key: str | None = None) -> Accepted:
+    def resumption(
+        self, turn_id: str, session_id: str, responses: list[Json], key: str | None = None, caps: Caps = NO_CAPS
+    ) -> Resumption:
         request_hash = hashlib.sha256(json.dumps(responses).encode()).digest()
-        asked = Resumption(OWNER, session_id, turn_id, responses, request_hash, key)
-        return self.store.transact(admission.resume, asked)
+        return Resumption(OWNER, session_id, turn_id, responses, request_hash, caps, key)
+
+    def resume(self, *args: Any, **kwargs: Any) -> Accepted:
+        """With the arguments of `resumption`."""
+        return self.store.transact(admission.resume, self.resumption(*args, **kwargs))
 
     def cancel(self, turn_id: str) -> TurnStatus | None:
         return self.store.transact(turns.cancel, turn_id, TurnFailure("cancelled", "Cancelled."), no_redis)[0]
