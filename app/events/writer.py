@@ -109,11 +109,13 @@ class EventWriter:
 
     async def finish(self) -> None:
         """Publishes what is left and stops. If Redis is down, it stops at once: followers find it in Postgres."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._failing)]
-        await asyncio.wait([*waits, self._pump], timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*waits, self._pump):
-            task.cancel()
-        await asyncio.gather(*waits, self._pump, return_exceptions=True)
+        tasks = [self._pump, *(asyncio.ensure_future(event.wait()) for event in (self._idle, self._failing))]
+        try:
+            await asyncio.wait(tasks, timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _number(self, kind: EventKind, data: str) -> Event:
         event = Event(EventId(self._fence, self._next_n), self._last, kind, data)
