@@ -70,10 +70,10 @@ return 'ok'
 """
 
 _RAISE = """
--- ARGV: fence, fence and number of the last recorded event, ttl ms, '1' to set the fence even if it is higher
+-- ARGV: fence, fence and number of the last recorded event, ttl ms, a higher fence to take back ('' for none)
 local state = redis.call('HMGET', KEYS[1], 'fence', 'lf', 'ln')
 local fence, rf, rn = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-if state[1] and tonumber(state[1]) > fence and ARGV[5] ~= '1' then return {'stale', {}} end
+if state[1] and tonumber(state[1]) > fence and state[1] ~= ARGV[5] then return {'stale', {}} end
 redis.call('HSET', KEYS[1], 'fence', ARGV[1])
 local known = 'tail'
 if not state[1] then
@@ -241,7 +241,7 @@ class EventLog:
             batch, self._queue = self._queue[:PIPELINE], self._queue[PIPELINE:]
             try:
                 answers = await self._send([arguments for arguments, _ in batch])
-            except (RedisError, OSError, TimeoutError) as error:
+            except Exception as error:  # whatever it is, somebody waits for each answer
                 answers = [error] * len(batch)
             for (_, appended), answer in zip(batch, answers, strict=True):
                 if appended.cancelled():
@@ -261,9 +261,19 @@ class EventLog:
             return await self._send(batch)  # what was appended already is skipped by its id
         return answers
 
-    async def raise_fence(self, turn_id: str, fence: int, last: EventId, *, force: bool = False) -> list[Event] | None:
-        """Lets only `fence` append from now on; gives what is in the tail after `last`, None if nothing is known."""
-        arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, "1" if force else ""]
+    async def fence(self, turn_id: str) -> int | None:
+        """The attempt that may append; None: nothing is known."""
+        found = await self.redis.hget(_log(turn_id), "fence")
+        return None if found is None else int(found)
+
+    async def raise_fence(
+        self, turn_id: str, fence: int, last: EventId, *, instead_of: int | None = None
+    ) -> list[Event] | None:
+        """Lets only `fence` append from now on; gives what is in the tail after `last`, None if nothing is known.
+
+        A higher fence stays, unless it is `instead_of`: one that was raised for nothing.
+        """
+        arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, "" if instead_of is None else instead_of]
         return _raised(await self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
 
     async def read(self, turn_id: str, cursor: EventId, limit: int | None = None) -> Tail:

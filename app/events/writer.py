@@ -170,13 +170,22 @@ class EventWriter:
         if outcome == "ok":
             self._trim = None if trim else self._trim
             return True
-        await self._arm_again(outcome == "stale")
+        if not await self._armed_again():
+            return False
         missing = [event for event in self._unrecorded if event.id < batch[0].id]
         return (await self._log.append(self._turn_id, self._fence, missing + batch, ttl_seconds=ttl)) == "ok"
 
-    async def _arm_again(self, stale: bool) -> None:
-        """Redis lost the fence, or somebody raised it without ending the turn. Raises AttemptLost: it is not ours."""
+    async def _armed_again(self) -> bool:
+        """Redis lost the fence, or somebody raised it without ending the turn. Raises AttemptLost: it is not ours.
+
+        False: the lease is in doubt. A process that was stopped in here, for however long, must not take the fence back
+        from its successor: hence the look at the lease behind the answer of Postgres, and the fence that is replaced.
+        """
+        seen = await self._log.fence(self._turn_id)
         if not await self._still_owned():
             raise AttemptLost(f"turn {self._turn_id}: attempt {self._fence} is over")
+        if not self._may_write():
+            return False
         logger.warning("turn %s: Redis lost this turn's log; it is written again", self._turn_id)
-        await self._log.raise_fence(self._turn_id, self._fence, self._recorded, force=stale)
+        await self._log.raise_fence(self._turn_id, self._fence, self._recorded, instead_of=seen)
+        return True

@@ -213,10 +213,10 @@ class SlowLog(EventLog):
         super().__init__(url)
         self.asked, self.answer = asyncio.Event(), asyncio.Event()
 
-    async def raise_fence(self, turn_id: str, fence: int, last: EventId, *, force: bool = False) -> list[Event] | None:
+    async def raise_fence(self, turn_id: str, fence: int, last: EventId, **more: Any) -> list[Event] | None:
         self.asked.set()
         await self.answer.wait()
-        return await super().raise_fence(turn_id, fence, last, force=force)
+        return await super().raise_fence(turn_id, fence, last, **more)
 
 
 @pytest.fixture

@@ -204,6 +204,53 @@ async def test_a_fence_raised_in_vain_is_taken_back(log: EventLog, owner: Owner)
         assert owner.lost == 0
 
 
+@pytest.mark.parametrize("stopped_behind", ["the answer", "the look at the lease"])
+async def test_a_writer_that_was_stopped_takes_no_fence_from_its_successor(
+    log: EventLog, owner: Owner, stopped_behind: str
+) -> None:
+    """Postgres said that the turn is its own; then it was stopped, and another attempt has the turn when it goes on."""
+    turn_id, successor = new_turn(), 3
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        await log.raise_fence(turn_id, 2, START)
+        asked = 0
+
+        async def still_owned() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                await log.raise_fence(turn_id, successor, START)
+                owner.may_write = stopped_behind == "the look at the lease"
+            return asked == 1
+
+        writer._still_owned = still_owned
+        emit(writer, 2)
+        await until(lambda: asked)
+        owner.owned = False
+        if stopped_behind == "the look at the lease":
+            await until(lambda: owner.lost)
+        else:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(writer._idle.wait(), 0.2)
+        assert await log.fence(turn_id) == successor
+        assert len(await tail(log, turn_id)) == 2
+
+
+async def test_a_writer_that_is_stopped_while_it_finishes_leaves_no_task(
+    log: EventLog, owner: Owner, redis: Valkey
+) -> None:
+    """Its events cannot be published, as the lease is in doubt; whoever waits for that gives up."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        owner.may_write = False
+        emit(writer, 1)
+        finishing = asyncio.create_task(writer.finish())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(finishing, 0.1)
+        assert not [task for task in asyncio.all_tasks() if turn_id in task.get_name()]
+
+
 async def test_nothing_is_appended_while_the_lease_is_in_doubt(log: EventLog, owner: Owner) -> None:
     """It goes out once the lease is renewed."""
     turn_id = new_turn()
