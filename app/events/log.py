@@ -14,7 +14,8 @@ Run Redis with `maxmemory-policy noeviction`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,7 +135,11 @@ def _raised(answer: Any) -> list[Event] | None:
 
 
 class SyncLog:
-    """The log for those who have no event loop: raise the fence of a turn, and publish its end. Never waits long."""
+    """The log for those who have no event loop: raise the fence of a turn, and publish its end. Never waits long.
+
+    After a failure it does not ask Redis for twice the time that this took, so that one that hangs does not hold up
+    everyone who ends many turns.
+    """
 
     def __init__(self, url: str) -> None:
         self._redis = redis.Redis.from_url(
@@ -146,33 +151,43 @@ class SyncLog:
         )
         self._append = self._redis.register_script(_APPEND)
         self._raise = self._redis.register_script(_RAISE)
+        self._silent_until = 0.0
 
     def raise_fence(self, turn_id: str, fence: int, last: EventId) -> list[Event] | None:
         """The events after `last` that a dead attempt left; None: Redis is down, or knows nothing of the turn."""
-        try:
-            arguments: list[str | int] = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
-            return _raised(self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
-        except RedisError:
-            return None
+        return self._answer(lambda: _raised(self._raise_to(turn_id, fence, last)))
 
     def publish_end(self, turn_id: str, events: Sequence[Event]) -> bool:
         """Publishes the recorded last events of a turn; False if Redis is down: followers find them in Postgres."""
         fence, last = events[-1].id.fence, events[0].after
-        keys = [_log(turn_id), _tail(turn_id)]
-        try:
-            self._raise(keys=keys, args=[fence, last.fence, last.n, TTL_SECONDS * 1000, ""])
-            self._append(keys=keys, args=_append_arguments(turn_id, fence, events, None, ENDED_TTL_SECONDS))
-        except RedisError:
-            return False
-        return True
+        arguments = _append_arguments(turn_id, fence, events, None, ENDED_TTL_SECONDS)
+
+        def publish() -> bool:
+            self._raise_to(turn_id, fence, last)
+            self._append(keys=[_log(turn_id), _tail(turn_id)], args=arguments)
+            return True
+
+        return bool(self._answer(publish))
 
     def ask_to_cancel(self, turn_id: str) -> bool:
         """Tells the workers at once; False if Redis is down: the turn's worker learns it with its next renewal."""
+        return self._answer(lambda: self._redis.publish(CANCEL_CHANNEL, turn_id)) is not None
+
+    def _raise_to(self, turn_id: str, fence: int, last: EventId) -> Any:
+        arguments: list[str | int] = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
+        return self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments)
+
+    def _answer[T](self, ask: Callable[[], T]) -> T | None:
+        """None: Redis is down."""
+        started = time.monotonic()
+        if started < self._silent_until:
+            return None
         try:
-            self._redis.publish(CANCEL_CHANNEL, turn_id)
+            return ask()
         except RedisError:
-            return False
-        return True
+            now = time.monotonic()
+            self._silent_until = now + 2 * (now - started)
+            return None
 
     def ping(self) -> None:
         """Raises redis.exceptions.RedisError."""
