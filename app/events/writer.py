@@ -165,10 +165,10 @@ class EventWriter:
 
     async def _append(self, batch: list[Event]) -> bool:
         ttl = ENDED_TTL_SECONDS if self._final and len(batch) == len(self._pending) else TTL_SECONDS
-        trim = self._trim if self._trim and self._trim <= batch[-1].id else None
+        trim = min(self._trim, batch[-1].id) if self._trim else None  # a burst is recorded before it is published
         outcome = await self._log.append(self._turn_id, self._fence, batch, trim=trim, ttl_seconds=ttl)
         if outcome == "ok":
-            self._trim = None if trim else self._trim
+            self._trim = None if trim == self._trim else self._trim
             return True
         if not await self._armed_again():
             return False

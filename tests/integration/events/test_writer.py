@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from app.domain.events import START, EventId, EventKind
 from app.events.follow import Relay
-from app.events.log import ENDED_TTL_SECONDS, EventLog, channel
+from app.events.log import ENDED_TTL_SECONDS, AppendOutcome, EventLog, channel
 from app.events.writer import SEGMENT_BYTES, EventWriter
 from app.local.valkey import Valkey
 from tests.integration.events.feeds import (
@@ -104,6 +105,34 @@ async def test_what_is_recorded_is_trimmed_from_redis(log: EventLog, owner: Owne
 
             await until(is_out)
         assert len(await tail(log, turn_id)) <= 12
+
+
+class WatchedLog(EventLog):
+    """A log that notes after each append how long its tail is."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.lengths: list[int] = []
+
+    async def append(self, turn_id: str, *args: Any, **more: Any) -> AppendOutcome:
+        outcome = await super().append(turn_id, *args, **more)
+        self.lengths.append(await self.redis.xlen(f"{channel(turn_id)}:tail"))
+        return outcome
+
+
+async def test_a_burst_that_is_recorded_before_it_is_published_is_trimmed_as_it_goes(
+    redis: Valkey, owner: Owner
+) -> None:
+    """Postgres may be ahead of Redis, which then keeps nothing of it: followers have heard it, or find it there."""
+    log, turn_id = WatchedLog(redis.url), new_turn()
+    async with writing(log, turn_id, owner) as writer, hearing(log, turn_id) as heard:
+        emit(writer, 1200)
+        segment = writer.unrecorded()
+        writer.recorded(segment)
+        await until(lambda: heard == segment)
+        await until(lambda: len(log.lengths) == 3)
+        assert log.lengths == [0, 0, 0]
+    await log.close()
 
 
 async def test_a_forgotten_stage_gives_its_numbers_back(log: EventLog, owner: Owner) -> None:
