@@ -142,6 +142,7 @@ def test_after_the_grace_streams_are_cut(make_web: WebMaker, model: ScriptedMode
         turn = f"{web.session}/turn/{stream.header('x-turn-id')}"
         with Wire(web.url, "GET", f"{turn}/events") as second:
             second.wait_for(b'"text":"a "')
+            wait_until(lambda: len(httpx.get(other.url + web.session).json()["turns"]) == 2)
             web.stop()
             second.wait_over()
         for wire in (stream, waiting):
