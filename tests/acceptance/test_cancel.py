@@ -129,6 +129,7 @@ def test_a_turn_that_awaits_input_is_cancelled(make_agent: AgentMaker, http: htt
     assert agent.answer("SAY next") == "next "
 
 
+@pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
 def test_an_operator_cancels_a_turn(
     make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_cancel_may_lose_to_finishing(make_agent: AgentMaker, http: httpx.Clie
     assert http.post(f"{agent.path}/turn/{uuid.uuid4()}/cancel").status_code == 404
 
 
+@pytest.mark.parametrize("caravan", ["turn-pool", pytest.param("prefork", marks=pytest.mark.thorough)], indirect=True)
 def test_cancels_that_race_with_the_end_agree_with_it(
     make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
 ) -> None:
