@@ -8,13 +8,15 @@ failed query of his own: he cannot tell a dead worker from an outage.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Concatenate, Protocol
 
-from app.domain.errors import Unavailable
-from app.endings import Endings
+from app.domain.errors import TurnFailure, Unavailable
+from app.endings import CANCELLED, Endings
 from app.settings import Settings
 from app.store import Connection, admission, agents, workers
 
@@ -71,46 +73,77 @@ class Upkeep(threading.Thread):
         """One round. Raises Unavailable."""
         if time.monotonic() >= self._trust_after:
             self._reap()
-        started = time.monotonic()  # taking hundreds of turns is slow, and says nothing of Postgres
+        self._end_unwanted()
         self._end_overdue()
-        for turn_id in self._store.transact(workers.unwanted):
-            self._endings.cancel(turn_id)
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
-        self._store.transact(workers.forget_dead_workers)
-        self._store.transact(admission.forget_keys, PURGE_BATCH)
-        self._distrust_if_slow(started)
+        self._ask(workers.forget_dead_workers)
+        self._ask(admission.forget_keys, PURGE_BATCH)
         self._ring()
+
+    def _ask[**P, R](self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """A query that is slow only if Postgres is: then nobody is taken for dead for a while.
+
+        What takes turns or ends them, or deletes, may be slow for other reasons: how much there is, or Redis.
+        """
+        started = time.monotonic()
+        result = self._store.transact(query, *args, **kwargs)
+        if time.monotonic() - started > self._settings.heartbeat_seconds:
+            self._distrust()
+        return result
 
     def _ring(self) -> None:
         """Rings for claimable turns again. While nobody can, workers with room take them without a message."""
         doorbell, waiting = self._endings.doorbell, self._endings.doorbell.waiting()
         if waiting is not None:
-            for turn_id in self._store.transact(workers.to_ring, backing_off=waiting > 0):
+            for turn_id in self._ask(workers.to_ring, backing_off=waiting > 0):
                 doorbell.ring(turn_id)
         elif self._runner and (room := self._runner.room()):
-            for turn_id in self._store.transact(workers.to_ring, backing_off=False, at_most=room):
+            for turn_id in self._ask(workers.to_ring, backing_off=False, at_most=room):
                 self._runner.run_unrung(turn_id)
 
     def _end_overdue(self) -> None:
+        """As many turns that waited too long as there is time for in a round."""
         wait, raise_fence = self._settings.max_queue_wait_seconds, self._endings.log.raise_fence
-        for turn_id, failure in self._store.transact(workers.overdue, wait):
+        why: dict[str, TurnFailure] = {}
+
+        def find() -> list[str]:
+            found = dict(self._ask(workers.overdue, wait))
+            why.update(found)
+            return list(found)
+
+        for turn_id in self._some(find, self._settings.upkeep_seconds):
             ended = self._store.transact(workers.end_overdue, turn_id, wait, raise_fence)
             if ended:
-                logger.warning("turn %s failed: %s", turn_id, failure)
+                logger.warning("turn %s failed: %s", turn_id, why[turn_id])
                 self._endings.announce([ended])
 
+    def _end_unwanted(self) -> None:
+        """Turns whose end was asked for: as many as there is time for in a round."""
+        for turn_id in self._some(lambda: self._ask(workers.unwanted), self._settings.upkeep_seconds):
+            ended = self._store.transact(workers.end_unwanted, turn_id, CANCELLED, self._endings.log.raise_fence)
+            if ended:
+                self._endings.announce([ended])
+
+    def _some(self, find: Callable[[], list[str]], within_seconds: float = math.inf) -> Iterator[str]:
+        """The turns that `find` gives, a batch at a time, until it gives nothing new or time is up.
+
+        Each batch in an order of this process's own, as others go through the same one now.
+        """
+        deadline, seen = time.monotonic() + within_seconds, set[str]()
+        while found := [turn_id for turn_id in find() if turn_id not in seen]:
+            seen.update(found)
+            random.shuffle(found)
+            for turn_id in found:
+                if time.monotonic() > deadline:
+                    return
+                yield turn_id
+
     def _reap(self) -> None:
-        started = time.monotonic()
-        dead = self._store.transact(self._mark_dead_unless_slow, started)
+        dead = self._store.transact(self._mark_dead_unless_slow, time.monotonic())
         if dead:
             logger.warning("%d worker processes are dead: their leases ran out", dead)
-        seen: set[str] = set()
-        while orphans := set(self._store.transact(workers.orphans)) - seen:  # what is left, others take now
-            seen |= orphans
-            for turn_id in orphans:
-                started = time.monotonic()
-                self._take(turn_id)
-                self._distrust_if_slow(started)
+        for turn_id in self._some(lambda: self._ask(workers.orphans)):
+            self._take(turn_id)
 
     def _take(self, turn_id: str) -> None:
         queued, ended = self._store.transact(
@@ -129,10 +162,6 @@ class Upkeep(threading.Thread):
         if time.monotonic() - started > self._settings.heartbeat_seconds:
             raise Unavailable("Postgres answers slowly, so nobody is taken for dead")
         return dead
-
-    def _distrust_if_slow(self, started: float) -> None:
-        if time.monotonic() - started > self._settings.heartbeat_seconds:
-            self._distrust()
 
     def _distrust(self) -> None:
         self._trust_after = time.monotonic() + self._settings.lease_seconds

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import socket
+import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
+from app.local import server
 from app.local.postgres import Postgres
 from app.local.valkey import Valkey
 from app.store import migrate
@@ -30,6 +30,10 @@ SHARE_PROCESSES = (
 )
 """They use the same web process and workers, which are slow to start."""
 
+_NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+# Each of the processes that run tests side by side has ports of its own, and none are those of `caravan up` under test.
+server.PORTS = range(10_000 + 1250 * _NUMBER, 10_000 + 1250 * (_NUMBER + 1))
+
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,12 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             group = f"shared {pool}" if file in SHARE_PROCESSES else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import time
@@ -217,7 +216,8 @@ async def resume_turn(
             is_retry=is_retry,
         )
         return await _submit(service, asked, request, dialect, bool(body.stream))
-    accepted = await _resume(service, turn, Resumption(owner, session_id, turn_id, responses, digest, idempotency_key))
+    resumption = Resumption(owner, session_id, turn_id, responses, digest, service.caps, idempotency_key)
+    accepted = await _resume(service, turn, resumption)
     if accepted.is_new:
         await service.ring(turn_id, request.headers.get("traceparent"))
     return await _answer(service, dialect, agent_id, session_id, accepted, bool(body.stream))
@@ -277,18 +277,26 @@ class Cancellable(Protocol):
 
 
 async def cancelled(service: Service, turn: Cancellable) -> TurnStatus:
-    """Asks until the turn has ended: a running one may come to await input, or be handed over, in between."""
-    status: TurnStatus | None = turn.status
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(CANCEL_WAIT_SECONDS):
-            while status not in ENDED:
-                status = await service.cancel(turn.turn_id)
-                if status is None:
-                    raise NotFound("Turn", turn.turn_id)
-                if status == TurnStatus.RUNNING:
+    """Asks until the turn has ended: a running one may come to await input, or be handed over, in between.
+
+    Gives `running` if it was asked to end and has not after `CANCEL_WAIT_SECONDS`. Raises Unavailable: it may not have
+    been asked.
+    """
+    deadline = asyncio.get_running_loop().time() + CANCEL_WAIT_SECONDS
+    status = turn.status
+    while status not in ENDED:
+        found = await service.cancel(turn.turn_id)
+        if found is None:
+            raise NotFound("Turn", turn.turn_id)
+        status = found
+        if status == TurnStatus.RUNNING:
+            try:
+                async with asyncio.timeout_at(deadline):
                     async for _ in service.relay.follow(turn.turn_id, turn.last, through_legs=False):
                         pass
-    return status or turn.status
+            except TimeoutError:
+                break
+    return status
 
 
 async def _answer(

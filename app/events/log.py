@@ -14,7 +14,8 @@ Run Redis with `maxmemory-policy noeviction`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,10 +71,10 @@ return 'ok'
 """
 
 _RAISE = """
--- ARGV: fence, fence and number of the last recorded event, ttl ms, '1' to set the fence even if it is higher
+-- ARGV: fence, fence and number of the last recorded event, ttl ms, a higher fence to take back ('' for none)
 local state = redis.call('HMGET', KEYS[1], 'fence', 'lf', 'ln')
 local fence, rf, rn = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-if state[1] and tonumber(state[1]) > fence and ARGV[5] ~= '1' then return {'stale', {}} end
+if state[1] and tonumber(state[1]) > fence and state[1] ~= ARGV[5] then return {'stale', {}} end
 redis.call('HSET', KEYS[1], 'fence', ARGV[1])
 local known = 'tail'
 if not state[1] then
@@ -134,7 +135,11 @@ def _raised(answer: Any) -> list[Event] | None:
 
 
 class SyncLog:
-    """The log for those who have no event loop: raise the fence of a turn, and publish its end. Never waits long."""
+    """The log for those who have no event loop: raise the fence of a turn, and publish its end. Never waits long.
+
+    After a failure it does not ask Redis for twice the time that this took, so that one that hangs does not hold up
+    everyone who ends many turns.
+    """
 
     def __init__(self, url: str) -> None:
         self._redis = redis.Redis.from_url(
@@ -146,33 +151,43 @@ class SyncLog:
         )
         self._append = self._redis.register_script(_APPEND)
         self._raise = self._redis.register_script(_RAISE)
+        self._silent_until = 0.0
 
     def raise_fence(self, turn_id: str, fence: int, last: EventId) -> list[Event] | None:
         """The events after `last` that a dead attempt left; None: Redis is down, or knows nothing of the turn."""
-        try:
-            arguments: list[str | int] = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
-            return _raised(self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
-        except RedisError:
-            return None
+        return self._answer(lambda: _raised(self._raise_to(turn_id, fence, last)))
 
     def publish_end(self, turn_id: str, events: Sequence[Event]) -> bool:
         """Publishes the recorded last events of a turn; False if Redis is down: followers find them in Postgres."""
         fence, last = events[-1].id.fence, events[0].after
-        keys = [_log(turn_id), _tail(turn_id)]
-        try:
-            self._raise(keys=keys, args=[fence, last.fence, last.n, TTL_SECONDS * 1000, ""])
-            self._append(keys=keys, args=_append_arguments(turn_id, fence, events, None, ENDED_TTL_SECONDS))
-        except RedisError:
-            return False
-        return True
+        arguments = _append_arguments(turn_id, fence, events, None, ENDED_TTL_SECONDS)
+
+        def publish() -> bool:
+            self._raise_to(turn_id, fence, last)
+            self._append(keys=[_log(turn_id), _tail(turn_id)], args=arguments)
+            return True
+
+        return bool(self._answer(publish))
 
     def ask_to_cancel(self, turn_id: str) -> bool:
         """Tells the workers at once; False if Redis is down: the turn's worker learns it with its next renewal."""
+        return self._answer(lambda: self._redis.publish(CANCEL_CHANNEL, turn_id)) is not None
+
+    def _raise_to(self, turn_id: str, fence: int, last: EventId) -> Any:
+        arguments: list[str | int] = [fence, last.fence, last.n, TTL_SECONDS * 1000, ""]
+        return self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments)
+
+    def _answer[T](self, ask: Callable[[], T]) -> T | None:
+        """None: Redis is down."""
+        started = time.monotonic()
+        if started < self._silent_until:
+            return None
         try:
-            self._redis.publish(CANCEL_CHANNEL, turn_id)
+            return ask()
         except RedisError:
-            return False
-        return True
+            now = time.monotonic()
+            self._silent_until = now + 2 * (now - started)
+            return None
 
     def ping(self) -> None:
         """Raises redis.exceptions.RedisError."""
@@ -241,7 +256,7 @@ class EventLog:
             batch, self._queue = self._queue[:PIPELINE], self._queue[PIPELINE:]
             try:
                 answers = await self._send([arguments for arguments, _ in batch])
-            except (RedisError, OSError, TimeoutError) as error:
+            except Exception as error:  # whatever it is, somebody waits for each answer
                 answers = [error] * len(batch)
             for (_, appended), answer in zip(batch, answers, strict=True):
                 if appended.cancelled():
@@ -261,9 +276,19 @@ class EventLog:
             return await self._send(batch)  # what was appended already is skipped by its id
         return answers
 
-    async def raise_fence(self, turn_id: str, fence: int, last: EventId, *, force: bool = False) -> list[Event] | None:
-        """Lets only `fence` append from now on; gives what is in the tail after `last`, None if nothing is known."""
-        arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, "1" if force else ""]
+    async def fence(self, turn_id: str) -> int | None:
+        """The attempt that may append; None: nothing is known."""
+        found = await self.redis.hget(_log(turn_id), "fence")
+        return None if found is None else int(found)
+
+    async def raise_fence(
+        self, turn_id: str, fence: int, last: EventId, *, instead_of: int | None = None
+    ) -> list[Event] | None:
+        """Lets only `fence` append from now on; gives what is in the tail after `last`, None if nothing is known.
+
+        A higher fence stays, unless it is `instead_of`: one that was raised for nothing.
+        """
+        arguments = [fence, last.fence, last.n, TTL_SECONDS * 1000, "" if instead_of is None else instead_of]
         return _raised(await self._raise(keys=[_log(turn_id), _tail(turn_id)], args=arguments))
 
     async def read(self, turn_id: str, cursor: EventId, limit: int | None = None) -> Tail:

@@ -109,11 +109,13 @@ class EventWriter:
 
     async def finish(self) -> None:
         """Publishes what is left and stops. If Redis is down, it stops at once: followers find it in Postgres."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._failing)]
-        await asyncio.wait([*waits, self._pump], timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*waits, self._pump):
-            task.cancel()
-        await asyncio.gather(*waits, self._pump, return_exceptions=True)
+        tasks = [self._pump, *(asyncio.ensure_future(event.wait()) for event in (self._idle, self._failing))]
+        try:
+            await asyncio.wait(tasks, timeout=FINISH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _number(self, kind: EventKind, data: str) -> Event:
         event = Event(EventId(self._fence, self._next_n), self._last, kind, data)
@@ -163,18 +165,27 @@ class EventWriter:
 
     async def _append(self, batch: list[Event]) -> bool:
         ttl = ENDED_TTL_SECONDS if self._final and len(batch) == len(self._pending) else TTL_SECONDS
-        trim = self._trim if self._trim and self._trim <= batch[-1].id else None
+        trim = min(self._trim, batch[-1].id) if self._trim else None  # a burst is recorded before it is published
         outcome = await self._log.append(self._turn_id, self._fence, batch, trim=trim, ttl_seconds=ttl)
         if outcome == "ok":
-            self._trim = None if trim else self._trim
+            self._trim = None if trim == self._trim else self._trim
             return True
-        await self._arm_again(outcome == "stale")
+        if not await self._armed_again():
+            return False
         missing = [event for event in self._unrecorded if event.id < batch[0].id]
         return (await self._log.append(self._turn_id, self._fence, missing + batch, ttl_seconds=ttl)) == "ok"
 
-    async def _arm_again(self, stale: bool) -> None:
-        """Redis lost the fence, or somebody raised it without ending the turn. Raises AttemptLost: it is not ours."""
+    async def _armed_again(self) -> bool:
+        """Redis lost the fence, or somebody raised it without ending the turn. Raises AttemptLost: it is not ours.
+
+        False: the lease is in doubt. A process that was stopped in here, for however long, must not take the fence back
+        from its successor: hence the look at the lease behind the answer of Postgres, and the fence that is replaced.
+        """
+        seen = await self._log.fence(self._turn_id)
         if not await self._still_owned():
             raise AttemptLost(f"turn {self._turn_id}: attempt {self._fence} is over")
+        if not self._may_write():
+            return False
         logger.warning("turn %s: Redis lost this turn's log; it is written again", self._turn_id)
-        await self._log.raise_fence(self._turn_id, self._fence, self._recorded, force=stale)
+        await self._log.raise_fence(self._turn_id, self._fence, self._recorded, instead_of=seen)
+        return True

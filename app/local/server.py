@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import IO, Self
 
 HOST = "127.0.0.1"
-_PORTS = range(20_000, 32_000)
+PORTS = range(20_000, 32_000)
+"""Where `free_port` looks: outside the range that outgoing connections take."""
+
+_given: set[int] = set()
 _POLL_SECONDS = 0.01
 _LAUNCH = Path(__file__).with_name("launch.py")
 _TAIL_BYTES = 4000
@@ -29,14 +32,16 @@ class LocalError(Exception):
 
 
 def free_port() -> int:
-    """A free TCP port of the loopback, outside the range that outgoing connections take.
+    """A free TCP port of the loopback, each time another one: who gets it may listen there only later.
 
-    There, a client that keeps connecting to a server that is down can end up connected to itself.
+    In the range that outgoing connections take, such a connection could come first; and a client that keeps connecting
+    to a server that is down can end up connected to itself.
     """
-    for port in random.sample(_PORTS, 200):
-        if not port_in_use(port):
+    for port in random.sample(PORTS, len(PORTS)):
+        if port not in _given and not port_in_use(port):
+            _given.add(port)
             return port
-    raise LocalError(f"no free port between {_PORTS.start} and {_PORTS.stop}")
+    raise LocalError(f"no free port between {PORTS.start} and {PORTS.stop}")
 
 
 def port_in_use(port: int) -> bool:

@@ -19,10 +19,10 @@ from app.store.turns import Ended, RaiseFence, add_segment, cancel, end, read_st
 
 KEEP_KEYS_SECONDS = 24 * 3600
 ANSWERED_SECONDS = 15
-"""SDKs wait 8 s at most before they try again: a response that ended earlier than that was answered."""
+"""SDKs wait 8 s at most before they try again: what ended earlier than that was answered, so this is no retry of it."""
 
-RETRY_SECONDS = 600
-"""A request that says it is a retry is one of the session's newest turn, if that is no older and was the same."""
+RETRY_SECONDS = 1800
+"""What is older than this was not asked for by an earlier try: SDKs wait 600 s for an answer, three times."""
 
 SUPERSEDED = TurnFailure("superseded", "A newer turn of the session superseded this one while it awaited input.")
 INTERRUPTED = TurnFailure("cancelled", "Interrupted by a newer turn of the session.")
@@ -87,6 +87,7 @@ class Resumption:
     turn_id: str
     responses: list[dict[str, Any]]
     request_hash: bytes
+    caps: Caps
     idempotency_key: str | None = None
 
 
@@ -144,13 +145,14 @@ _UNFINISHED = (
     .where(turns.c.session_id == bindparam("of_session"), text(UNFINISHED_SQL))
     .order_by(turns.c.number)
 )
+_LOCK_TURN = select(turns.c.status).where(turns.c.turn_id == bindparam("of_turn")).with_for_update()
+_MAY_BE_RETRIED = (
+    turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
+    or_(turns.c.completed_at.is_(None), turns.c.completed_at > _NOW - seconds(ANSWERED_SECONDS)),
+)
 _NEWEST = (
     select(turns.c.turn_id, turns.c.request_hash)
-    .where(
-        turns.c.session_id == bindparam("of_session"),
-        turns.c.number == bindparam("numbered"),
-        turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
-    )
+    .where(turns.c.session_id == bindparam("of_session"), turns.c.number == bindparam("numbered"), *_MAY_BE_RETRIED)
     .limit(1)
 )
 _SAME_RESPONSE = (
@@ -160,8 +162,7 @@ _SAME_RESPONSE = (
         turns.c.request_hash == bindparam("hash"),
         turns.c.owner == bindparam("of_owner"),
         turns.c.stored == bindparam("as_stored"),  # and not deleted since
-        turns.c.created_at > _NOW - seconds(RETRY_SECONDS),
-        or_(turns.c.completed_at.is_(None), turns.c.completed_at > _NOW - seconds(ANSWERED_SECONDS)),
+        *_MAY_BE_RETRIED,
     )
     .order_by(turns.c.created_at.desc())
     .limit(1)
@@ -204,7 +205,7 @@ def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -
     number = following - 1
     if asked.is_retry and (earlier := _retried(connection, asked, number)) is not None:
         return earlier
-    unfinished = _unfinished(connection, asked.session_id) if number > 1 else ()
+    unfinished = _with_first_settled(connection, asked) if number > 1 else ()
     _check_room(connection, asked, [row for row in unfinished if row.status != TurnStatus.AWAITING_INPUT])
     head = unfinished[0] if unfinished else None
     ended, interrupted = _make_way(connection, asked, head, raise_fence) if head else ((), None)
@@ -299,7 +300,8 @@ def accept_again(connection: Connection, asked: Submission, raise_fence: RaiseFe
 def resume(connection: Connection, asked: Resumption) -> Accepted:
     """Stores a client's tool responses and puts the turn back to queued for its next leg.
 
-    Raises NotFound. KeyReused. Conflict: the turn does not await input. InvalidRequest: these are not its calls.
+    Raises NotFound. KeyReused, TooManyTurns. Conflict: the turn does not await input. InvalidRequest: these are not its
+    calls.
     """
     known = _first_with_key(connection, asked.owner, asked.idempotency_key, asked.request_hash, asked.turn_id)
     if known is not None:
@@ -313,6 +315,7 @@ def resume(connection: Connection, asked: Resumption) -> Accepted:
         is_now = row.status if row.cancel_requested_at is None else "being cancelled"
         raise Conflict(f"Turn '{asked.turn_id}' is {is_now}, so it does not await tool responses")
     responses = match_responses(row.output_message["tool_calls"], asked.responses)
+    _check_counts(connection, asked.owner, asked.caps)
     steps = read_steps(connection, [asked.turn_id])[asked.turn_id]
     ordinal = max(i for i, step in enumerate(steps) if step["step_type"] == "inference")
     connection.execute(
@@ -357,7 +360,7 @@ def _first_with_key(
 
 
 def _retried(connection: Connection, asked: Submission, number: int) -> Accepted | None:
-    """The session's newest turn, if this request asks for the same; gives the number back."""
+    """The session's newest turn, if this request asks for the same and was not answered yet; gives the number back."""
     newest = connection.execute(_NEWEST, {"of_session": asked.session_id, "numbered": number - 1}).one_or_none()
     if newest is None or newest.request_hash is None or bytes(newest.request_hash) != asked.request_hash:
         return None
@@ -371,6 +374,19 @@ def _retried(connection: Connection, asked: Submission, number: int) -> Accepted
 
 def _unfinished(connection: Connection, session_id: str) -> Sequence[Any]:
     return connection.execute(_UNFINISHED, {"of_session": session_id}).all()
+
+
+def _with_first_settled(connection: Connection, asked: Submission) -> Sequence[Any]:
+    """The session's unfinished turns. The first one's row is locked if that turn is to make way: what its status says
+    here is so until the end of this transaction, and nobody resumes it meanwhile.
+    """
+    while unfinished := _unfinished(connection, asked.session_id):
+        first = unfinished[0]
+        if first.status != TurnStatus.AWAITING_INPUT and asked.strategy != MultitaskStrategy.INTERRUPT:
+            break
+        if connection.scalar(_LOCK_TURN, {"of_turn": first.turn_id}) == first.status:
+            break
+    return unfinished
 
 
 def _check_room(connection: Connection, asked: Submission, busy: Sequence[Any]) -> None:

@@ -101,10 +101,15 @@ def mark_session_deleted(connection: Connection, owner: str, agent_id: str, sess
 
 
 def ask_to_end(connection: Connection, which: ColumnElement[bool]) -> list[str]:
-    """Asks for the end of unfinished turns, whoever will see to it: their workers, or upkeep."""
-    unfinished = update(turns).where(which, text(UNFINISHED_SQL))
-    asked = unfinished.values(cancel_requested_at=func.clock_timestamp()).returning(turns.c.turn_id, turns.c.number)
-    return [row.turn_id for row in sorted(connection.execute(asked), key=lambda row: row.number)]
+    """Asks for the end of unfinished turns, whoever will see to it: their workers, or upkeep. Gives their ids.
+
+    It takes their rows in the order of their sessions, as whoever ends a turn and rings the next one does.
+    """
+    in_order = select(turns.c.turn_id).where(which, text(UNFINISHED_SQL)).order_by(turns.c.session_id, turns.c.number)
+    found = list(connection.scalars(in_order.with_for_update()))
+    asked = update(turns).where(turns.c.turn_id.in_(found)).values(cancel_requested_at=func.clock_timestamp())
+    connection.execute(asked)
+    return found
 
 
 def is_continued() -> ColumnElement[bool]:

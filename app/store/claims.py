@@ -356,7 +356,7 @@ def _start_call(connection: Connection, claim: Claim, ordinal: int, index: int) 
 
 
 def _finish_call(connection: Connection, claim: Claim, ordinal: int, index: int, response: dict[str, Any]) -> None:
-    """The ledger's own fence keeps an attempt that is over from overwriting its successor's result."""
+    """Needs the turn's fence, so that an attempt that is over does not overwrite its successor's result."""
     what = {
         "of_turn": claim.turn_id,
         "with_fence": claim.fence,

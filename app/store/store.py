@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
@@ -28,6 +29,7 @@ IDLE_SECONDS = 3
 """Postgres ends a transaction whose client is silent for so long: the locks of one that was stopped, or vanished with
 its machine, must not hold everybody else up. The longest that we do between two statements is to raise a fence (2 s).
 """
+_LIMIT_IDLING = f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'; "
 SILENT_SERVER = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
 """libpq's TCP settings: a server that vanished without a word is given up after about 10 s, not after 15 minutes."""
 
@@ -75,16 +77,10 @@ class Store:
         self._answered = time.monotonic()
         self._watchdog = Watchdog(name)
         # First of all, so that what SQLAlchemy asks on a new connection is limited as well.
-        event.listen(self.engine, "connect", self._connected, insert=True)
+        event.listen(self.engine, "connect", lambda connection, _: self._watchdog.watch(connection), insert=True)
         event.listen(self.engine, "checkout", lambda connection, *_: self._watchdog.watch(connection))
+        event.listen(self.engine, "before_cursor_execute", _limit_idling, retval=True)
         self._threads = ThreadPoolExecutor(max_workers=pool_size, thread_name_prefix=f"store-{name}")
-
-    def _connected(self, connection: Any, record: object) -> None:
-        self._watchdog.watch(connection)
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
-        connection.autocommit = False
 
     def transact(self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs `query(connection, …)` as one transaction, committed unless it raises.
@@ -179,6 +175,18 @@ class Store:
         self._threads.shutdown(wait=True)
         self._watchdog.close()
         self.engine.dispose()
+
+
+def _limit_idling(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: object, executemany: bool
+) -> tuple[str, Any]:
+    """The first statement of a transaction brings its limit along, in the same round trip.
+
+    Of the transaction, not of the session: behind PgBouncer's transaction pooling the next may meet another session.
+    """
+    if cursor.connection.info.transaction_status == TRANSACTION_STATUS_IDLE and not cursor.connection.autocommit:
+        statement = _LIMIT_IDLING + statement
+    return statement, parameters
 
 
 def _first_line(error: Exception) -> str:

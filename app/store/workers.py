@@ -99,7 +99,7 @@ def mark_dead(connection: Connection, lease_seconds: float) -> int:
 
 
 def orphans(connection: Connection) -> list[str]:
-    """Some running turns whose worker is dead: not the same for each of the processes that take them now."""
+    """Some running turns whose worker is dead: others for each of the processes that take them now."""
     query = select(turns.c.turn_id).join(workers, workers.c.worker_id == turns.c.worker_id)
     return list(
         connection.scalars(
@@ -204,10 +204,15 @@ def to_ring(connection: Connection, *, backing_off: bool, at_most: int = BATCH) 
 def end_overdue(
     connection: Connection, turn_id: str, max_queue_wait_seconds: float, raise_fence: RaiseFence
 ) -> Ended | None:
-    """Ends a turn that `overdue` gave, unless somebody has taken or ended it since."""
-    connection.execute(select(turns.c.turn_id).where(turns.c.turn_id == turn_id).with_for_update())
-    still = overdue(connection, max_queue_wait_seconds, only=turn_id)
+    """Ends a turn that `overdue` gave, unless somebody has taken or ended it since, or is about to."""
+    still = _is_free(connection, turn_id) and overdue(connection, max_queue_wait_seconds, only=turn_id)
     return end(connection, turn_id, still[0][1], raise_fence) if still else None
+
+
+def _is_free(connection: Connection, turn_id: str) -> bool:
+    """Takes the turn's row, unless another transaction has it: that one sees to the turn, or upkeep does later."""
+    row = select(turns.c.turn_id).where(turns.c.turn_id == turn_id).with_for_update(skip_locked=True)
+    return connection.execute(row).one_or_none() is not None
 
 
 def overdue(
@@ -235,10 +240,18 @@ def overdue(
     ]
 
 
-def unwanted(connection: Connection) -> list[str]:
+def unwanted(connection: Connection, *, only: str | None = None) -> list[str]:
     """Turns that nobody runs and whose end was asked for while somebody did, or when their session was deleted."""
     query = select(turns.c.turn_id).where(turns.c.cancel_requested_at.is_not(None), text(UNWANTED_SQL))
+    if only is not None:
+        query = query.where(turns.c.turn_id == only)
     return list(connection.scalars(query.limit(BATCH)))
+
+
+def end_unwanted(connection: Connection, turn_id: str, failure: TurnFailure, raise_fence: RaiseFence) -> Ended | None:
+    """Ends a turn that `unwanted` gave, as `end_overdue` does."""
+    still = _is_free(connection, turn_id) and unwanted(connection, only=turn_id)
+    return end(connection, turn_id, failure, raise_fence) if still else None
 
 
 def _overdue(status: str, is_late: bool, live: int, max_queue_wait_seconds: float) -> TurnFailure:

@@ -48,7 +48,7 @@ class Tools:
     store: Store
     log: EventLog
     stack: LlamaStack
-    may_write: Any
+    may_write: Callable[[], bool]
 
 
 class Attempt(ABC):
@@ -60,6 +60,8 @@ class Attempt(ABC):
         self._task: asyncio.Task[Outcome] | None = None
         self._stop: Reason | None = None
         self._draining = False
+        self._settled = False
+        """What becomes of the turn is written, or being written: nothing can change that, nor hide it."""
         self._recording = asyncio.Lock()
         self._ledger = Ledger(claim.turn_id, claim.ledger, self._record, self._persist)
         self.done = asyncio.Event()
@@ -87,7 +89,7 @@ class Attempt(ABC):
             self._interrupt("hand over")
 
     def _interrupt(self, reason: Reason) -> None:
-        if self._stop is None and self._task is not None:
+        if self._stop is None and self._task is not None and not self._settled:
             self._stop = reason
             self._task.cancel()
 
@@ -126,6 +128,7 @@ class Attempt(ABC):
             logger.warning("%s", lost)
             return "lost"
         finally:
+            self._settled = True
             checkpoints.cancel()
             await self._writer.finish()
 
@@ -225,6 +228,7 @@ class Attempt(ABC):
         return "cancelled" if cancelled else "failed"
 
     async def _hand_over(self, *, between_steps: bool) -> Outcome:
+        self._settled = True
         self._writer.forget_staged()
         async with self._recording:
             segment = self._writer.unrecorded(staged=False)
@@ -233,6 +237,7 @@ class Attempt(ABC):
 
     async def _record(self, **what: Any) -> None:
         """Records in one transaction, then publishes what was staged for it. Not to be cut off by a cancellation."""
+        self._settled |= "end" in what
         recording = asyncio.create_task(self._write(**what))
         try:
             await asyncio.shield(recording)

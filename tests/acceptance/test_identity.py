@@ -25,12 +25,12 @@ from celery import Celery
 from llama_stack_client import AuthenticationError, LlamaStackClient
 
 from app.identity.keys import entry, make_key
+from app.local.server import free_port
 from app.local.valkey import Valkey
 from app.settings import Settings
 from app.stack.config import build_run_config
 from app.stack.mounted import routes
 from app.stack.vector_dbs import ROUTES as VECTOR_DBS
-from tests.conftest import free_port
 from tests.support import ROOT, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import TURN_POOL, Process, web_process, worker_node

@@ -9,18 +9,26 @@ import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import httpx
+import psutil
 import psycopg2
 import pytest
 from celery import Celery
+from sqlalchemy import Connection, text
 
 from app.local.postgres import Postgres
+from app.settings import sqlalchemy_url
+from app.store import Store
+from app.store.store import IDLE_SECONDS
 from tests.acceptance.conftest import AgentMaker, Caravan
 from tests.acceptance.test_turns import BOILING_POINT
 from tests.conftest import create_database
-from tests.support import ROOT
+from tests.support import ROOT, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import TURN_POOL, web_process, worker_node
 from tests.support.pgbouncer import PgBouncer
@@ -142,6 +150,70 @@ def test_the_llama_stacks_own_routes(make_agent: AgentMaker, http: httpx.Client,
     http.post("/v1/vector-io/insert", json={"vector_db_id": store_id, "chunks": [chunk]}).raise_for_status()
     found = http.post(f"/v1/vector_stores/{store_id}/search", json={"query": "camels and tents"})
     assert found.raise_for_status().json()["data"][0]["content"][0]["text"] == "camels"
+
+
+def test_every_transaction_brings_its_limit(pgbouncer: PgBouncer) -> None:
+    """Six at once meet six sessions of Postgres, of which each may serve anybody next."""
+    met = Barrier(POOL_SIZE)
+
+    def limit(connection: Connection) -> Any:
+        connection.execute(text("SELECT 1"))
+        met.wait(10)
+        return connection.scalar(text("SHOW idle_in_transaction_session_timeout"))
+
+    with (
+        closing(Store(sqlalchemy_url(pgbouncer.url), pool_size=POOL_SIZE, name="six")) as store,
+        ThreadPoolExecutor(POOL_SIZE) as threads,
+    ):
+        for _ in range(2):
+            found = list(threads.map(lambda _: store.transact(limit), range(POOL_SIZE)))
+            assert found == [f"{IDLE_SECONDS}s"] * POOL_SIZE
+
+
+STOPS_IN_MID_TRANSACTION = """
+import os, signal, sys
+from sqlalchemy import text
+from app.settings import sqlalchemy_url
+from app.store import Store
+
+def stop(connection):
+    connection.execute(text("SELECT 1 FROM sessions WHERE session_id = :id FOR UPDATE"), {"id": sys.argv[2]}).one()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+store = Store(sqlalchemy_url(sys.argv[1]), pool_size=1, name="stopped")
+store.transact(lambda connection: connection.execute(text("SELECT 1")))
+print("connected", flush=True)
+sys.stdin.readline()
+store.transact(stop)
+"""
+
+
+def test_a_process_stopped_in_mid_transaction_holds_nobody_up(pgbouncer: PgBouncer, make_agent: AgentMaker) -> None:
+    """SIGSTOP while it has a session's row, in a session of Postgres in which nothing was ever set: its transaction is
+    ended, and the next turn of the agent's session is accepted."""
+    agent = make_agent()
+    command = [sys.executable, "-c", STOPS_IN_MID_TRANSACTION, pgbouncer.url, agent.session_id]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "connected\n"
+            forget_what_was_set(pgbouncer)
+            assert process.stdin
+            print(file=process.stdin, flush=True)
+            wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, 30)
+            assert agent.answer("SAY next") == "next "
+        finally:
+            process.kill()
+
+
+def forget_what_was_set(pgbouncer: PgBouncer) -> None:
+    """In all sessions of Postgres, which are had by transactions that are open at once."""
+    connections = [psycopg2.connect(pgbouncer.url) for _ in range(POOL_SIZE)]
+    for connection in connections:
+        connection.cursor().execute("RESET ALL")
+    for connection in connections:
+        connection.commit()
+        connection.close()
 
 
 def test_doctor_finds_nothing_wrong(caravan: Caravan) -> None:

@@ -16,9 +16,9 @@ import httpx
 import pytest
 from sqlalchemy import create_engine, text
 
+from app.local.server import free_port
 from app.local.valkey import Valkey
 from app.settings import sqlalchemy_url
-from tests.conftest import free_port
 from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import PREFORK, TURN_POOL, Process, wait_for_children

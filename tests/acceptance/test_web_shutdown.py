@@ -142,6 +142,7 @@ def test_after_the_grace_streams_are_cut(make_web: WebMaker, model: ScriptedMode
         turn = f"{web.session}/turn/{stream.header('x-turn-id')}"
         with Wire(web.url, "GET", f"{turn}/events") as second:
             second.wait_for(b'"text":"a "')
+            wait_until(lambda: len(httpx.get(other.url + web.session).json()["turns"]) == 2)
             web.stop()
             second.wait_over()
         for wire in (stream, waiting):
@@ -163,7 +164,7 @@ def test_after_the_grace_streams_are_cut(make_web: WebMaker, model: ScriptedMode
             assert [json.dumps(each) for each in shown] == [json.dumps(each) for each in payloads(rest.body)]
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_a_second_signal_ends_the_grace(make_web: WebMaker, second: int) -> None:
     """Streams are cut at once, in the same way."""
     web = make_web(LONG)

@@ -24,7 +24,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from app.dispatch import QUEUE
-from tests.conftest import free_port
+from app.local.server import free_port
 from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import Process, web_process

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +15,10 @@ from sqlalchemy.engine import make_url
 
 from app.api.service import StoreRecords
 from app.domain.errors import Unavailable
-from app.domain.events import START, Event, EventId, EventKind
+from app.domain.events import START, TERMINAL, Event, EventId, EventKind
 from app.domain.turns import TurnStatus
 from app.events.follow import Relay
-from app.events.log import EventLog
+from app.events.log import AppendOutcome, EventLog
 from app.store import Store, claims
 from app.store.claims import Claim
 from tasks.engine.agent_turn import AgentTurn
@@ -211,10 +213,10 @@ class SlowLog(EventLog):
         super().__init__(url)
         self.asked, self.answer = asyncio.Event(), asyncio.Event()
 
-    async def raise_fence(self, turn_id: str, fence: int, last: EventId, *, force: bool = False) -> list[Event] | None:
+    async def raise_fence(self, turn_id: str, fence: int, last: EventId, **more: Any) -> list[Event] | None:
         self.asked.set()
         await self.answer.wait()
-        return await super().raise_fence(turn_id, fence, last, force=force)
+        return await super().raise_fence(turn_id, fence, last, **more)
 
 
 @pytest.fixture
@@ -250,6 +252,95 @@ async def test_a_turn_handed_over_while_it_is_taken_over_is_queued(
     slow_log.answer.set()
     assert await running == "handed over"
     assert engine.seeds.row(turn_id).status == TurnStatus.QUEUED
+
+
+class StuckLog(EventLog):
+    """A log whose Redis does not answer when a terminal event is appended."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked, self.answer = asyncio.Event(), asyncio.Event()
+
+    async def append(self, turn_id: str, fence: int, events: Sequence[Event], **more: Any) -> AppendOutcome:
+        if any(event.kind in TERMINAL for event in events):
+            self.asked.set()
+            await self.answer.wait()
+        return await super().append(turn_id, fence, events, **more)
+
+
+@pytest.fixture
+async def stuck_log(redis_url: str) -> AsyncIterator[StuckLog]:
+    opened = StuckLog(redis_url)
+    yield opened
+    await opened.close()
+
+
+STOPS = [Attempt.cancel, Attempt.expire, Attempt.drop, partial(Attempt.hand_over, now=True)]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["cancel", "expire", "drop", "hand over"])
+async def test_a_stop_that_comes_behind_the_end_changes_nothing(
+    store: Store, stuck_log: StuckLog, world: World, stop: Callable[[Attempt], None]
+) -> None:
+    """The turn is completed, and Redis is slow to take its last event: the outcome is told, the event published, and no
+    task stays behind."""
+    engine = ours(engine_tools(store, stuck_log, world), world)
+    turn_id = engine.accept(Ask("SAY x"))
+    attempt = engine.attempt(turn_id)
+    running = asyncio.create_task(outcome(attempt))
+    await stuck_log.asked.wait()
+    stop(attempt)
+    await asyncio.sleep(0)
+    stuck_log.answer.set()
+    assert await running == "completed"
+    assert engine.seeds.row(turn_id).status == TurnStatus.COMPLETED
+    assert (await stuck_log.read(turn_id, START)).last == engine.events(turn_id)[-1].id
+    assert not [task for task in asyncio.all_tasks() if turn_id in task.get_name()]
+
+
+class HeldStore(Store):
+    """A store whose transactions of one kind are committed, and their callers told only when they may be."""
+
+    def __init__(self, store: Store, holds: Callable[[Any, dict[str, Any]], bool]) -> None:
+        super().__init__(make_url(store.engine.url), pool_size=4, name="held")
+        self._holds = holds
+        self.committed, self.tell = threading.Event(), threading.Event()
+
+    def transact(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        done = super().transact(query, *args, **kwargs)
+        if self._holds(query, kwargs):
+            self.committed.set()
+            assert self.tell.wait(SECONDS)
+        return done
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["cancel", "expire", "drop", "hand over"])
+@pytest.mark.parametrize("ending", ["completed", "handed over"])
+async def test_a_stop_that_comes_with_the_end_changes_nothing(
+    store: Store, log: EventLog, world: World, model: ScriptedModel, stop: Callable[[Attempt], None], ending: str
+) -> None:
+    """The end, or the hand-over, is committed, and the attempt does not know it yet: it still tells its worker, which
+    rings the turn that was handed over, or the session's next one."""
+    if ending == "completed":
+        held_store = HeldStore(store, lambda query, what: query is claims.record and "end" in what)
+    else:
+        held_store = HeldStore(store, lambda query, what: query is claims.hand_over)
+    engine = ours(engine_tools(held_store, log, world), world)
+    turn_id = engine.accept(Ask(f"HOLD so | {ADD} | SAY x"))
+    behind = engine.accept(Ask("SAY next"))
+    attempt = engine.attempt(turn_id)
+    running = asyncio.create_task(outcome(attempt))
+    await held(model, "so")
+    if ending == "handed over":
+        attempt.hand_over()
+    model.release("so")
+    await until(held_store.committed.is_set)
+    stop(attempt)
+    await asyncio.sleep(0)
+    held_store.tell.set()
+    assert await running == ending
+    assert attempt.following == (behind if ending == "completed" else None)
+    held_store.close()
 
 
 async def crash(attempt: Attempt, running: asyncio.Task[str]) -> None:

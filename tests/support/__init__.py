@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
+from app.local.server import free_port
+
 ROOT = Path(__file__).parents[2]
 CONTROL_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1
@@ -76,7 +78,7 @@ class ServerProcess:
 
     def __init__(self, port: int = 0, host: str = "127.0.0.1", options: Sequence[str] = ()) -> None:
         """Port 0 takes a free one, which a restart keeps."""
-        self.port = port
+        self.port = port or free_port()
         self.host = host
         self.url = ""
         self._options = tuple(options)

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,8 @@ class Client(threading.Thread):
         self.stop_asked = threading.Event()
         self._http = httpx.Client(timeout=httpx.Timeout(30.0, connect=5.0))
         self.session = ""
-        self.refused = 0
+        self.refused: Counter[str] = Counter()
+        """Answers that ask for another try, by status, and by what they say of it."""
         self.records: list[Record] = []
 
     def run(self) -> None:
@@ -92,9 +94,11 @@ class Client(threading.Thread):
         return made
 
     def _is_refused(self, answer: httpx.Response) -> bool:
-        refused = answer.status_code in BUSY
-        self.refused += refused
-        return refused
+        if answer.status_code not in BUSY:
+            return False
+        when = "" if "retry-after" in answer.headers else " without Retry-After"
+        self.refused[f"{answer.status_code}{when}: {answer.read().decode()}"] += 1
+        return True
 
     def _url(self, path: str) -> str:
         return self._random.choice(self._urls) + path

@@ -92,14 +92,14 @@ class Chaos:
         self.kills.append((time.monotonic(), turns))
         return True
 
-    def some_turn(self, condition: str) -> int | None:
-        """The process that runs a turn of this kind, once there is one."""
-        query = f"""SELECT split_part(name, ':', 2)::int AS pid FROM turns JOIN workers USING (worker_id)
-                    WHERE status = 'running' AND dead_at IS NULL AND {condition} LIMIT 1"""
+    def some_turn(self, condition: str, also: Callable[[str], object] = bool) -> int | None:
+        """The process that runs a turn of this kind, once there is one. `also`: what must hold for its id."""
+        query = f"""SELECT split_part(name, ':', 2)::int AS pid, turn_id FROM turns JOIN workers USING (worker_id)
+                    WHERE status = 'running' AND dead_at IS NULL AND {condition}"""
         found: list[int] = []
 
         def look() -> bool:
-            found.extend(int(row["pid"]) for row in self.fleet.system.rows(query))
+            found.extend(int(row["pid"]) for row in self.fleet.system.rows(query) if also(str(row["turn_id"])))
             return bool(found)
 
         try:
@@ -110,12 +110,14 @@ class Chaos:
 
 
 def kill_mid_chunk(chaos: Chaos) -> bool:
-    """A process whose turn is streaming its first answer."""
-    pid = chaos.some_turn("NOT EXISTS (SELECT 1 FROM journal WHERE journal.turn_id = turns.turn_id)")
-    try:
-        wait_until(lambda: chaos.fleet.model.open_streams() > 0, CHANCE_SECONDS)
-    except TimeoutError:
-        return False
+    """A process whose turn is streaming its first answer: no step is recorded, and in its tail is more than the
+    beginnings of the turn and of the step."""
+
+    def has_chunks(turn_id: str) -> bool:
+        length = chaos.fleet.valkey.ask(f"XLEN caravan:{{{turn_id}}}:tail")
+        return length.startswith(b":") and int(length[1:]) > 3
+
+    pid = chaos.some_turn("NOT EXISTS (SELECT 1 FROM journal WHERE journal.turn_id = turns.turn_id)", has_chunks)
     return pid is not None and chaos.kill(pid)
 
 

@@ -38,7 +38,7 @@ class Report:
     failures: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
     cuts: int = 0
-    refused: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
     lost: int = 0
     doubled: int = 0
@@ -56,7 +56,7 @@ class Report:
         lines += [
             f"  {self.attempts:5d}  attempts at them",
             f"  {self.cuts:5d}  streams cut and joined again",
-            f"  {self.refused:5d}  requests refused (503, 429) and sent again",
+            f"  {self.refused.total():5d}  requests refused (503, 429) and sent again",
             f"  {self.lost:5d}  lost",
             f"  {self.doubled:5d}  doubled",
             f"  {self.hung:5d}  hung",
@@ -102,7 +102,8 @@ def run_on(fleet: Fleet, happens: Callable[[Chaos], None], *, seed: int, clients
     report.restarts = fleet.restarts
     report.hung = sum(client.is_alive() for client in made)
     report.problems += [f"{client.name} hangs" for client in made if client.is_alive()]
-    report.refused = sum(client.refused for client in made)
+    report.refused = sum((client.refused for client in made), Counter())
+    report.problems += [answer for answer in report.refused if "without Retry-After" in answer]
     records = [record for client in made for record in client.records]
     report.recoveries = _recoveries(chaos, records)
     for record in records:

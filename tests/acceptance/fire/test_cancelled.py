@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
 from app.local.valkey import Valkey
-from tests.acceptance.fire.system import PATIENCE_SECONDS, Session, Stream, System, check_stream
+from tests.acceptance.fire.system import PATIENCE_SECONDS, Session, Stream, System, check_stream, signal_group
 from tests.support import wait_until
 from tests.support.scripted_model import ScriptedModel
 
@@ -68,19 +70,23 @@ def test_cancels_are_heard_after_the_subscriptions_were_cut(
 
 
 def test_a_cancelled_turn_whose_worker_dies_ends_cancelled(system: System, model: ScriptedModel) -> None:
-    """The request outlives the worker: the turn is not tried again. And one whose worker died before the request, and
-    is between two attempts, is cancelled all the same."""
+    """The request outlives the worker, which was stopped and could not hear it: the turn is not tried again. And one
+    whose worker died before the request, and is between two attempts, is cancelled all the same."""
     gates = [uuid.uuid4().hex for _ in range(2)]
     sessions = [system.session(number) for number in range(2)]
     streams = [session.accepted(f"PART a | HOLD {gate} | SAY b") for session, gate in zip(sessions, gates, strict=True)]
     for gate in gates:
         model.wait_held(gate, timeout=PATIENCE_SECONDS)
-    requested = "UPDATE turns SET cancel_requested_at = clock_timestamp() WHERE turn_id = :turn_id"
     for worker in system.workers.values():
-        worker.kill_all()
-    # What a web process commits for a cancel that no worker was there to hear.
-    system.execute(requested, turn_id=streams[0].turn_id)
-    cancel(sessions[1], streams[1].turn_id)
+        signal_group(worker, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as thread:
+        cancelling = thread.submit(cancel, sessions[0], streams[0].turn_id)
+        asked = "SELECT 1 FROM turns WHERE turn_id = :turn_id AND cancel_requested_at IS NOT NULL"
+        wait_until(lambda: system.rows(asked, turn_id=streams[0].turn_id), PATIENCE_SECONDS)
+        for worker in system.workers.values():
+            worker.kill_all()
+        cancel(sessions[1], streams[1].turn_id)
+        assert cancelling.result(PATIENCE_SECONDS) in ("running", "cancelled")
     for session, stream in zip(sessions, streams, strict=True):
         wait_until(lambda s=session, t=stream.turn_id: s.status(t) == "cancelled", PATIENCE_SECONDS)  # type: ignore[misc]
         assert stream.fences[0] == 1

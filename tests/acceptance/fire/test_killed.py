@@ -64,7 +64,7 @@ def check_survival(system: System, kill: Kill, model: ScriptedModel, mcp: McpSer
     scripts = {
         "after tool": f'CALL count {{"key": "{key}"}} | PART some words | HOLD {gate} | SAY done',
         "mid-tool": f'CALL slow {{"seconds": 60, "text": "{key}"}} | SAY {key} done',
-        "mid-chunk": f"PART {key} chunk | CHUNKS 150 20",
+        "mid-chunk": f"PART {key} chunk | CHUNKS 300 30",
     }
     sessions = {name: system.session(number % 2, toolgroups=[group]) for number, name in enumerate(scripts)}
     asking = system.session(client_tools=[CLIENT_TOOL])
@@ -72,10 +72,12 @@ def check_survival(system: System, kill: Kill, model: ScriptedModel, mcp: McpSer
     streams = {name: sessions[name].accepted(scripts[name]) for name in ("after tool", "mid-tool")}
     model.wait_held(gate, timeout=PATIENCE_SECONDS)
     wait_until(lambda: len(mcp.calls()) == 2, PATIENCE_SECONDS)
+    owners = [sessions[name].owner(stream.turn_id) for name, stream in streams.items()]
     streams["mid-chunk"] = sessions["mid-chunk"].accepted(scripts["mid-chunk"])
     behind = sessions["mid-chunk"].accepted("HISTORY")
     streams["mid-chunk"].wait_for(10)
-    owners = [sessions[name].owner(stream.turn_id) for name, stream in streams.items()]
+    owners.append(sessions["mid-chunk"].owner(streams["mid-chunk"].turn_id))
+    assert "step_complete" not in streams["mid-chunk"].kinds
 
     killed_at = time.monotonic()
     kill(system, owners)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from app.domain.events import START, EventId, from_line
 from app.events.log import ENDED_TTL_SECONDS, TTL_SECONDS, EventLog, SyncLog, channel
@@ -75,12 +76,15 @@ async def test_raising_the_fence_of_an_unknown_turn_gives_none(log: EventLog) ->
     assert await log.append(turn_id, 2, made(1, recorded[-1].id, fence=2)) == "ok"
 
 
-async def test_the_fence_is_never_lowered_but_by_force(log: EventLog) -> None:
-    """A late claim learns nothing; whoever asked Postgres may insist."""
+async def test_a_fence_is_lowered_only_by_naming_it(log: EventLog) -> None:
+    """A late claim learns nothing; whoever asked Postgres may take back the fence that he saw before, and no other."""
     turn_id = await fenced(log, fence=3)
     assert await log.raise_fence(turn_id, 2, START) is None
     assert await log.append(turn_id, 3, made(1, fence=3)) == "ok"
-    await log.raise_fence(turn_id, 2, START, force=True)
+    assert await log.raise_fence(turn_id, 1, START, instead_of=2) is None
+    assert await log.fence(turn_id) == 3
+    await log.raise_fence(turn_id, 2, START, instead_of=3)
+    assert await log.fence(turn_id) == 2
     assert await log.append(turn_id, 3, made(2, fence=3)[1:]) == "missing"
 
 
@@ -178,3 +182,15 @@ async def test_connections_that_died_unseen_cost_nothing(log: EventLog, redis: V
         redis.ask("CLIENT KILL TYPE normal")
         assert sync.raise_fence(turn_id, fence, START) == events
     sync.close()
+
+
+async def test_every_append_is_answered_whatever_goes_wrong(log: EventLog) -> None:
+    """What cannot even be sent fails, with all that shares its round trip, and later ones go on."""
+    turn_id, [event] = await fenced(log), made(1)
+    unsendable = replace(event, data="\ud800")
+    async with asyncio.timeout(5):
+        failed = await asyncio.gather(
+            *(log.append(turn_id, 1, [each]) for each in (unsendable, event)), return_exceptions=True
+        )
+    assert [type(one) for one in failed] == [UnicodeEncodeError, UnicodeEncodeError]
+    assert await log.append(turn_id, 1, [event]) == "ok"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from app.domain.events import START, EventId, EventKind
 from app.events.follow import Relay
-from app.events.log import ENDED_TTL_SECONDS, EventLog, channel
+from app.events.log import ENDED_TTL_SECONDS, AppendOutcome, EventLog, channel
 from app.events.writer import SEGMENT_BYTES, EventWriter
 from app.local.valkey import Valkey
 from tests.integration.events.feeds import (
@@ -104,6 +105,34 @@ async def test_what_is_recorded_is_trimmed_from_redis(log: EventLog, owner: Owne
 
             await until(is_out)
         assert len(await tail(log, turn_id)) <= 12
+
+
+class WatchedLog(EventLog):
+    """A log that notes after each append how long its tail is."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.lengths: list[int] = []
+
+    async def append(self, turn_id: str, *args: Any, **more: Any) -> AppendOutcome:
+        outcome = await super().append(turn_id, *args, **more)
+        self.lengths.append(await self.redis.xlen(f"{channel(turn_id)}:tail"))
+        return outcome
+
+
+async def test_a_burst_that_is_recorded_before_it_is_published_is_trimmed_as_it_goes(
+    redis: Valkey, owner: Owner
+) -> None:
+    """Postgres may be ahead of Redis, which then keeps nothing of it: followers have heard it, or find it there."""
+    log, turn_id = WatchedLog(redis.url), new_turn()
+    async with writing(log, turn_id, owner) as writer, hearing(log, turn_id) as heard:
+        emit(writer, 1200)
+        segment = writer.unrecorded()
+        writer.recorded(segment)
+        await until(lambda: heard == segment)
+        await until(lambda: len(log.lengths) == 3)
+        assert log.lengths == [0, 0, 0]
+    await log.close()
 
 
 async def test_a_forgotten_stage_gives_its_numbers_back(log: EventLog, owner: Owner) -> None:
@@ -202,6 +231,53 @@ async def test_a_fence_raised_in_vain_is_taken_back(log: EventLog, owner: Owner)
         emit(writer, 2)
         await tail_becomes(log, turn_id, writer.unrecorded())
         assert owner.lost == 0
+
+
+@pytest.mark.parametrize("stopped_behind", ["the answer", "the look at the lease"])
+async def test_a_writer_that_was_stopped_takes_no_fence_from_its_successor(
+    log: EventLog, owner: Owner, stopped_behind: str
+) -> None:
+    """Postgres said that the turn is its own; then it was stopped, and another attempt has the turn when it goes on."""
+    turn_id, successor = new_turn(), 3
+    async with writing(log, turn_id, owner) as writer:
+        emit(writer, 2)
+        await tail_becomes(log, turn_id, writer.unrecorded())
+        await log.raise_fence(turn_id, 2, START)
+        asked = 0
+
+        async def still_owned() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                await log.raise_fence(turn_id, successor, START)
+                owner.may_write = stopped_behind == "the look at the lease"
+            return asked == 1
+
+        writer._still_owned = still_owned
+        emit(writer, 2)
+        await until(lambda: asked)
+        owner.owned = False
+        if stopped_behind == "the look at the lease":
+            await until(lambda: owner.lost)
+        else:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(writer._idle.wait(), 0.2)
+        assert await log.fence(turn_id) == successor
+        assert len(await tail(log, turn_id)) == 2
+
+
+async def test_a_writer_that_is_stopped_while_it_finishes_leaves_no_task(
+    log: EventLog, owner: Owner, redis: Valkey
+) -> None:
+    """Its events cannot be published, as the lease is in doubt; whoever waits for that gives up."""
+    turn_id = new_turn()
+    async with writing(log, turn_id, owner) as writer:
+        owner.may_write = False
+        emit(writer, 1)
+        finishing = asyncio.create_task(writer.finish())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(finishing, 0.1)
+        assert not [task for task in asyncio.all_tasks() if turn_id in task.get_name()]
 
 
 async def test_nothing_is_appended_while_the_lease_is_in_doubt(log: EventLog, owner: Owner) -> None:

@@ -59,10 +59,15 @@ class Seeds:
     def accept(self, session_id: str, turn_id: str, **request: Any) -> list[Ended]:
         return list(self.submit(self.submission(session_id, turn_id, **request)).ended)
 
-    def resume(self, turn_id: str, session_id: str, responses: list[Json], key: str | None = None) -> Accepted:
+    def resumption(
+        self, turn_id: str, session_id: str, responses: list[Json], key: str | None = None, caps: Caps = NO_CAPS
+    ) -> Resumption:
         request_hash = hashlib.sha256(json.dumps(responses).encode()).digest()
-        asked = Resumption(OWNER, session_id, turn_id, responses, request_hash, key)
-        return self.store.transact(admission.resume, asked)
+        return Resumption(OWNER, session_id, turn_id, responses, request_hash, caps, key)
+
+    def resume(self, *args: Any, **kwargs: Any) -> Accepted:
+        """With the arguments of `resumption`."""
+        return self.store.transact(admission.resume, self.resumption(*args, **kwargs))
 
     def cancel(self, turn_id: str) -> TurnStatus | None:
         return self.store.transact(turns.cancel, turn_id, TurnFailure("cancelled", "Cancelled."), no_redis)[0]
@@ -89,12 +94,18 @@ class Seeds:
         return self.store.transact(claims.record, claim, recorded, **what)
 
     def complete(self, claim: Claim) -> Claim:
-        return self.record(claim, [next_event(claim, EventKind.TURN_COMPLETE)], end=LegEnd(TurnStatus.COMPLETED))
+        end = LegEnd(TurnStatus.COMPLETED, completed_at=datetime.now(UTC))
+        return self.record(claim, [next_event(claim, EventKind.TURN_COMPLETE)], end=end)
 
     def await_input(self, claim: Claim, wait_seconds: float = 60) -> Claim:
         """Ends the leg after an inference that asks for the client's tool `ask`."""
         step = inference_step(claim.turn_id, ToolCall(call_id="c1", tool_name="ask", arguments="{}"))
-        end = LegEnd(TurnStatus.AWAITING_INPUT, step["model_response"], deadline_seconds=wait_seconds)
+        end = LegEnd(
+            TurnStatus.AWAITING_INPUT,
+            step["model_response"],
+            completed_at=datetime.now(UTC),
+            deadline_seconds=wait_seconds,
+        )
         last = next_event(claim, EventKind.TURN_AWAITING_INPUT)
         return self.record(claim, [last], step=step, end=end)
 

@@ -12,9 +12,10 @@ import pytest
 from app.domain.errors import Conflict, InvalidRequest, KeyReused, NotFound, TooManyTurns
 from app.domain.events import START
 from app.domain.turns import MultitaskStrategy, TurnStatus
-from app.store import admission, agents, turns
+from app.store import admission, agents, claims, turns
 from app.store.admission import Accepted, Caps, Submission
 from tests.integration.store.seeds import NO_CAPS, OWNER, Json, Seeds
+from tests.support import wait_until
 
 ANSWER: Json = {"call_id": "c1", "tool_name": "ask", "content": "yes"}
 
@@ -132,7 +133,7 @@ def test_a_turn_that_is_being_cancelled_cannot_be_resumed(seeds: Seeds) -> None:
 
 
 def test_a_retry_is_the_sessions_newest_turn_if_it_was_the_same(seeds: Seeds) -> None:
-    """A request that says so, without a key; an old turn, another request or one that is no retry is a new turn."""
+    """A request that says so, without a key; another request or one that is no retry is a new turn."""
     session_id = seeds.session()
     first = again(seeds, session_id)
     retry = again(seeds, session_id, is_retry=True)
@@ -140,9 +141,28 @@ def test_a_retry_is_the_sessions_newest_turn_if_it_was_the_same(seeds: Seeds) ->
     assert again(seeds, session_id).is_new
     assert seeds.submit(seeds.submission(session_id, documents=["another"]), is_retry=True).is_new
     assert numbers(seeds, session_id) == [1, 2, 3]
-    last = seeds.submission(session_id)
-    made = seeds.submit(last)
-    seeds.age(made.turn_id, "created_at", 601)
+
+
+@pytest.mark.parametrize("leg_ends", [Seeds.complete, Seeds.await_input])
+def test_a_retry_is_none_of_a_turn_that_was_answered(
+    seeds: Seeds, leg_ends: Callable[[Seeds, claims.Claim], claims.Claim]
+) -> None:
+    """People say "yes" twice: the first try of the second one was refused, and an SDK sends it again. That is a new
+    turn, unless the answer to the first one came so lately that it may have been lost."""
+    session_id = seeds.session()
+    first = again(seeds, session_id).turn_id
+    seeds.age(first, "created_at", admission.RETRY_SECONDS - 60)
+    leg_ends(seeds, seeds.claimed(first))
+    assert again(seeds, session_id, is_retry=True).turn_id == first
+    seeds.age(first, "completed_at", admission.ANSWERED_SECONDS)
+    assert again(seeds, session_id, is_retry=True).is_new
+    assert numbers(seeds, session_id) == [1, 2]
+
+
+def test_a_retry_is_none_of_a_turn_that_no_sdk_waits_for_any_more(seeds: Seeds) -> None:
+    """Though it goes on still."""
+    session_id = seeds.session()
+    seeds.age(again(seeds, session_id).turn_id, "created_at", admission.RETRY_SECONDS)
     assert again(seeds, session_id, is_retry=True).is_new
 
 
@@ -159,6 +179,47 @@ def test_reject_refuses_while_a_turn_is_queued_or_running(seeds: Seeds) -> None:
     accepted = again(seeds, session_id, strategy=MultitaskStrategy.REJECT)
     assert [one.turn_id for one in accepted.ended] == [first]
     assert numbers(seeds, session_id) == [1, 2]
+
+
+class Resuming:
+    """A resume of a session's turn that is not committed yet, and whoever waits for it."""
+
+    def __init__(self, seeds: Seeds) -> None:
+        self.seeds = seeds
+        self.session_id = seeds.session()
+        self.turn_id = seeds.await_input(seeds.claimed(seeds.turn(self.session_id))).turn_id
+
+    def beside(self, **changes: Any) -> Accepted:
+        """A new turn that finds it still awaiting input, and then resumed. Raises what its acceptance raises."""
+        asked = self.seeds.resumption(self.turn_id, self.session_id, [ANSWER])
+        with ThreadPoolExecutor(1) as thread, self.seeds.store.engine.begin() as resuming:
+            admission.resume(resuming, asked)
+            posting = thread.submit(again, self.seeds, self.session_id, **changes)
+            wait_until(lambda: self.seeds.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted") > 0)
+            resuming.commit()
+            return posting.result(30)
+
+
+def test_an_accepted_resume_is_not_superseded(seeds: Seeds) -> None:
+    """The new turn came when the other one awaited input still, and waits for it now: it was resumed first."""
+    resuming = Resuming(seeds)
+    accepted = resuming.beside()
+    assert accepted.ended == []
+    assert seeds.row(resuming.turn_id).status == TurnStatus.QUEUED
+    assert seeds.claim(accepted.turn_id) is None
+    assert seeds.claim(resuming.turn_id) is not None
+
+
+def test_a_turn_that_is_resumed_at_this_moment_counts_as_one(seeds: Seeds) -> None:
+    """For `reject`, for the session's cap, and for `interrupt`, which ends it with the right reason."""
+    with pytest.raises(Conflict, match="queued"):
+        Resuming(seeds).beside(strategy=MultitaskStrategy.REJECT)
+    with pytest.raises(TooManyTurns, match="MAX_TURNS_PER_SESSION"):
+        Resuming(seeds).beside(caps=Caps(1, 1_000_000, 1_000_000))
+    resuming = Resuming(seeds)
+    accepted = resuming.beside(strategy=MultitaskStrategy.INTERRUPT)
+    assert [one.turn_id for one in accepted.ended] == [resuming.turn_id]
+    assert (seeds.row(resuming.turn_id).error or {})["message"] == admission.INTERRUPTED.message
 
 
 def test_interrupt_asks_the_running_turns_worker(seeds: Seeds) -> None:
@@ -222,6 +283,21 @@ def test_caps_are_exact_under_concurrent_requests(seeds: Seeds, caps: Callable[[
     assert all(setting in answer for answer in answers if answer not in made)
     for turn_id in made:
         assert seeds.cancel(turn_id) == TurnStatus.CANCELLED
+
+
+@pytest.mark.parametrize("setting", ["MAX_TURNS_PER_PRINCIPAL", r"\(MAX_TURNS\)"], ids=["principal", "all"])
+def test_a_resume_needs_room_like_a_new_turn(seeds: Seeds, setting: str) -> None:
+    """The turn was not counted while it awaited input; refused, it awaits it still."""
+    session_id = seeds.session()
+    awaiting = seeds.await_input(seeds.claimed(seeds.turn(session_id))).turn_id
+    active, many = seeds.scalar("SELECT count(*) FROM turns WHERE status IN ('queued', 'running')"), 1_000_000
+    caps = Caps(many, active, many) if "PRINCIPAL" in setting else Caps(many, many, active)
+    with pytest.raises(TooManyTurns, match=setting):
+        seeds.resume(awaiting, session_id, [ANSWER], caps=caps)
+    assert seeds.row(awaiting).status == TurnStatus.AWAITING_INPUT
+    room = Caps(many, active + 1, active + 1)
+    assert seeds.resume(awaiting, session_id, [ANSWER], caps=room).is_new
+    assert seeds.cancel(awaiting) == TurnStatus.CANCELLED
 
 
 def test_nothing_is_stored_of_a_refused_turn(seeds: Seeds) -> None:

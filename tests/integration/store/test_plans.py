@@ -19,7 +19,6 @@ from sqlalchemy import Connection, event, text
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
 from app.store import Store, admission, agents, claims, conversations, prune, responses, turns, workers
-from app.store.admission import Resumption
 from tests.integration.store.asking import Asking
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, no_redis
 
@@ -143,7 +142,7 @@ def test_resuming_cancelling_and_pruning_read_by_index(crowded: Seeds) -> None:
     session_id = crowded.session()
     awaiting = crowded.await_input(crowded.claimed(crowded.turn(session_id))).turn_id
     answer = [{"call_id": "c1", "tool_name": "ask", "content": "yes"}]
-    asked = Resumption(OWNER, session_id, awaiting, answer, b"", uuid.uuid4().hex)
+    asked = crowded.resumption(awaiting, session_id, answer, uuid.uuid4().hex)
     failure = TurnFailure("cancelled", "Cancelled.")
     analyze(crowded.store)
     queries: list[Callable[[Connection], Any]] = [

@@ -9,6 +9,7 @@ from datetime import datetime
 from threading import Barrier
 
 import pytest
+from sqlalchemy import Connection, text
 
 from app.domain.errors import NotFound, TurnFailure
 from app.domain.events import LOST_TAIL_LEAP, EventId, EventKind
@@ -391,6 +392,32 @@ def test_turns_of_one_session_can_be_ended_at_once(seeds: Seeds) -> None:
     with ThreadPoolExecutor(2) as pool:
         assert None not in list(pool.map(end, both))
     assert {seeds.row(turn_id).status for turn_id in both} == {TurnStatus.CANCELLED}
+
+
+def test_a_session_is_deleted_while_a_turn_of_it_ends(seeds: Seeds) -> None:
+    """Both take the rows of its turns in their order, whatever plan Postgres makes: neither waits for the other for
+    ever."""
+    agent_id = seeds.agent()
+    session_id = seeds.session(agent_id)
+    first, second = seeds.turn(session_id), seeds.turn(session_id)
+    seeds.age(first, "queued_at", 1)  # its row is behind the second one's now
+    ending = Barrier(2)
+
+    def delete(connection: Connection) -> list[str]:
+        ending.wait(5)
+        for index in ("indexscan", "bitmapscan"):
+            connection.execute(text(f"SET LOCAL enable_{index} = off"))
+        return agents.mark_session_deleted(connection, OWNER, agent_id, session_id)
+
+    def raise_fence(turn_id: str, fence: int, last: EventId) -> None:
+        ending.wait(5)
+        soon(lambda: seeds.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    with ThreadPoolExecutor(1) as thread:
+        deleting = thread.submit(seeds.store.transact, delete)
+        failure = TurnFailure("cancelled", "no")
+        assert seeds.store.transact(turns.end, first, failure, raise_fence) is not None
+        assert deleting.result(10) == [second]
 
 
 def now(seeds: Seeds) -> datetime:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
+from sqlalchemy import text
 
 from app.dispatch import QUEUE, Doorbell
 from app.domain.turns import TurnStatus
 from app.endings import Endings
 from app.events.log import SyncLog
+from app.local.valkey import Valkey
 from app.settings import Settings, get_settings
 from app.store import workers
 from app.upkeep import Upkeep
 from tests.integration.store.seeds import Seeds
 from tests.support import wait_until
+from tests.support.proxy import TcpProxy
 
 
 @pytest.fixture
@@ -32,6 +37,12 @@ def settings(store_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch) ->
     yield get_settings()
     sys.modules.pop("celeryconfig", None)
     get_settings.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few turns are many."""
+    monkeypatch.setattr(workers, "BATCH", 5)
 
 
 @pytest.fixture
@@ -57,3 +68,51 @@ def test_one_round_takes_and_rings_every_turn_of_a_dead_worker(
     assert {seeds.row(turn_id).status for turn_id in lost} == {TurnStatus.QUEUED}
     assert {seeds.column(turn_id, "failures") for turn_id in lost} == {1}
     assert (endings.doorbell.waiting() or 0) - before >= len(lost), QUEUE
+
+
+@pytest.fixture
+def stalled(valkey: Valkey, endings: Endings) -> Iterator[Endings]:
+    """Those of a process whose Redis hangs, as far as events go."""
+    with TcpProxy("127.0.0.1", valkey.port) as proxy, closing(SyncLog(f"redis://127.0.0.1:{proxy.port}/9")) as log:
+        proxy.stall()
+        yield Endings(endings.store, log, endings.doorbell)
+        proxy.flow()
+
+
+def test_one_round_ends_every_turn_that_waited_too_long_or_is_unwanted(
+    seeds: Seeds, settings: Settings, stalled: Endings
+) -> None:
+    """However many there are, and though Redis hangs, which says nothing of Postgres: it reaps in the next round. A
+    turn that somebody else ends at this moment is left to him."""
+    upkeep = Upkeep(settings.model_copy(update={"upkeep_seconds": 60}), stalled)
+    overdue, unwanted = ([seeds.turn() for _ in range(workers.BATCH + 1)] for _ in range(2))
+    for turn_id in overdue:
+        seeds.age(turn_id, "queued_at", settings.max_queue_wait_seconds)
+    for turn_id in unwanted:
+        seeds.scalar("UPDATE turns SET cancel_requested_at = now() WHERE turn_id = :id RETURNING 1", id=turn_id)
+    trust_after = upkeep._trust_after
+    with seeds.store.engine.begin() as other:
+        other.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        taken = [overdue.pop(), unwanted.pop()]
+        other.execute(text("SELECT 1 FROM turns WHERE turn_id::text = ANY(:ids) FOR UPDATE"), {"ids": taken})
+        upkeep.once()
+    assert {seeds.row(turn_id).status for turn_id in overdue} == {TurnStatus.FAILED}
+    assert {seeds.row(turn_id).status for turn_id in unwanted} == {TurnStatus.CANCELLED}
+    assert {seeds.row(turn_id).status for turn_id in taken} == {TurnStatus.QUEUED}
+    assert upkeep._trust_after == trust_after
+    upkeep.once()
+    assert {seeds.row(turn_id).status for turn_id in taken} == {TurnStatus.FAILED, TurnStatus.CANCELLED}
+
+
+def test_a_slow_query_makes_a_process_distrust_itself(seeds: Seeds, settings: Settings, endings: Endings) -> None:
+    """Somebody has the table of turns for longer than a heartbeat: whoever seems dead may be as slow as this."""
+    upkeep = Upkeep(settings, endings)
+    trust_after = upkeep._trust_after
+    with ThreadPoolExecutor(1) as thread:
+        with seeds.store.engine.begin() as other:
+            other.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            other.execute(text("LOCK TABLE turns"))
+            round_ = thread.submit(upkeep.once)
+            wait_until(lambda: time.monotonic() > trust_after)
+        round_.result(30)
+    assert upkeep._trust_after > trust_after
