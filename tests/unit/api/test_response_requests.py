@@ -156,7 +156,7 @@ PARTS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "honoured", "refused"), PARTS, ids=lambda part: getattr(part, "__name__", ""))
+@pytest.mark.parametrize(("kind", "honoured", "refused"), PARTS, ids=[part[0].__name__ for part in PARTS])
 def test_the_parts_of_a_parameter(kind: Any, honoured: dict[str, Any], refused: dict[str, Any]) -> None:
     """The same for each field of a tool, of `text` and of `reasoning`; a null asks for nothing there too."""
     assert set(get_type_hints(kind)) == honoured.keys() | refused.keys()
