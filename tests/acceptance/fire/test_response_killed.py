@@ -106,7 +106,8 @@ def test_a_killed_worker_costs_a_step_of_a_response(system: System, model: Scrip
     assert (lost["type"], lost["status"]) == ("message", "incomplete"), "the half message of the lost attempt"
     openai = OpenAI(base_url=f"{system.urls[1]}/v1", api_key="none")
     with openai.responses.stream(response_id=response_id) as stream:
-        assert [item.id for item in stream.get_final_response().output] == [item["id"] for item in final["output"]]
+        accumulated: Any = stream.get_final_response()
+    assert [item.id for item in accumulated.output] == [item["id"] for item in final["output"]]
 
     told = json.loads(final["output"][-1]["content"][0]["text"])
     assert [message["role"] for message in told] == ["user", "assistant", "tool", "assistant", "tool"]

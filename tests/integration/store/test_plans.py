@@ -205,12 +205,8 @@ def test_responses_read_by_index(crowded: Seeds) -> None:
     assert any("ix_turns_response_hash" in plan for plan in found), found
     assert retried
     for after in (None, first):
-        [*_, listed, _] = assert_indexed(
-            crowded.store,
-            lambda connection, after=after: responses.list_responses(
-                connection, OWNER, after, 20, model=None, descending=True
-            ),
-        )
+        listing = partial(responses.list_responses, owner=OWNER, after=after, limit=20, model=None, descending=True)
+        [*_, listed, _] = assert_indexed(crowded.store, listing)
         assert "ix_turns_responses" in listed
 
 

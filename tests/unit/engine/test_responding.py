@@ -143,7 +143,8 @@ async def test_how_it_ends(reason: str) -> None:
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 async def test_reasoning(field: str) -> None:
     """An item of its own, before the message; it is not told to the model again. vLLM has the second name for it."""
-    heard = await Heard().take(chunk(**{field: "hm "}), chunk(**{field: "so"}), chunk(content="yes"), chunk("stop"))
+    pieces: list[dict[str, Any]] = [{field: "hm "}, {field: "so"}, {"content": "yes"}]
+    heard = await Heard().take(*(chunk(**piece) for piece in pieces), chunk("stop"))
     assert heard.types == [
         "output_item.added",
         "content_part.added",

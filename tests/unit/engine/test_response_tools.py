@@ -17,15 +17,17 @@ from tasks.engine.response_tools import ResponseTools
 from tests.unit.domain.responses.journals import call, request, said
 
 FUNCTION = {"type": "function", "name": "f", "description": "F", "parameters": {"type": "object"}, "strict": None}
-SERVER = {"type": "mcp", "server_label": "calc", "server_url": "http://mcp", "allowed_tools": None}
-FILES = {"type": "file_search", "vector_store_ids": ["vs"]}
-WEB = {"type": "web_search_preview"}
-ALL = [FUNCTION, SERVER, FILES, WEB]
+SERVER: dict[str, Any] = {"type": "mcp", "server_label": "calc", "server_url": "http://mcp", "allowed_tools": None}
+FILES: dict[str, Any] = {"type": "file_search", "vector_store_ids": ["vs"]}
+WEB: dict[str, Any] = {"type": "web_search_preview"}
+ALL: list[dict[str, Any]] = [FUNCTION, SERVER, FILES, WEB]
 ANNOTATIONS = {"look": {"readOnlyHint": True}, "put": {"idempotentHint": True}}
 
 
 def listed(tool_index: int, *names: str) -> ListStep:
-    shown = [{"name": name, "description": None, "input_schema": {}, "annotations": None} for name in names]
+    shown: list[dict[str, Any]] = [
+        {"name": name, "description": None, "input_schema": {}, "annotations": None} for name in names
+    ]
     item = {"type": "mcp_list_tools", "id": "l", "tools": shown}
     annotations = {name: ANNOTATIONS[name] for name in names if name in ANNOTATIONS}
     items = [IndexedItem(output_index=0, item=item)]
