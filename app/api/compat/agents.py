@@ -33,5 +33,6 @@ def _with_schema(tool: Any) -> Any:
 def with_parameters(agent: JSON) -> JSON:
     """For clients before 0.3: an Agent whose client tools have `parameters` beside `input_schema`."""
     config = agent["agent_config"]
-    tools = [{**tool, "parameters": parameters.from_schema(tool["input_schema"])} for tool in config["client_tools"]]
+    declared = config.get("client_tools") or ()  # null, if that was sent
+    tools = [{**tool, "parameters": parameters.from_schema(tool["input_schema"])} for tool in declared]
     return {**agent, "agent_config": {**config, "client_tools": tools}}

@@ -53,7 +53,8 @@ def from_schema(schema: dict[str, Any] | None) -> list[dict[str, Any]]:
     properties = (schema or {}).get("properties")
     if not isinstance(properties, dict):
         return []
-    required = (schema or {}).get("required") or []
+    required = (schema or {}).get("required")
+    required = required if isinstance(required, list) else []
     return [
         _parameter(name, declared if isinstance(declared, dict) else {}, name in required)
         for name, declared in properties.items()
