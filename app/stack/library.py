@@ -22,7 +22,7 @@ import llama_stack.core.routers as routers
 import llama_stack.log
 import llama_stack.providers.utils.kvstore.postgres as kvstore_postgres
 import llama_stack.providers.utils.telemetry.trace_protocol as trace_protocol
-from llama_stack.core.datatypes import StackRunConfig
+from llama_stack.core.datatypes import Provider, StackRunConfig
 from llama_stack.core.distribution import get_provider_registry
 from llama_stack.core.resolver import resolve_impls
 from llama_stack.core.routers.inference import InferenceRouter
@@ -79,7 +79,7 @@ async def _start(config: StackRunConfig, *, whole: bool) -> Impls:
     dist_registry, _ = await create_dist_registry(config.storage.stores.metadata, config.image_name)
     internal: Impls = {}
     if whole:
-        add_internal_implementations(internal, config)
+        add_internal_implementations(internal, _with_our_apis(config))
     with _inference_store_kept() if whole and not _is_ours(config) else _no_inference_store():
         impls: Impls = await resolve_impls(
             config, get_provider_registry(config), dist_registry, access.POLICY, internal
@@ -98,6 +98,12 @@ async def _start(config: StackRunConfig, *, whole: bool) -> Impls:
     if not config.telemetry.enabled:
         _untrace(impls)
     return impls
+
+
+def _with_our_apis(config: StackRunConfig) -> StackRunConfig:
+    """As clients are told of it: agents and responses are served, by us, and so `/v1/inspect/routes` lists them."""
+    ours = [Provider(provider_id="caravan", provider_type="remote::caravan", config={})]
+    return config.model_copy(update={"providers": {**config.providers, "agents": ours}})
 
 
 def _is_ours(config: StackRunConfig) -> bool:

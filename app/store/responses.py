@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,6 +17,7 @@ from app.store.tables import event_segments, sessions, turns
 from app.store.turns import read_steps, segments_after
 
 EVENTS_AT_ONCE = 5000
+ROWS_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,29 @@ def list_responses(
     connection: Connection, owner: str, after: str | None, limit: int, *, model: str | None, descending: bool
 ) -> tuple[list[ResponseRow], bool]:
     """(one page behind the response `after`, whether more follow). Raises NotFound: there is no such response."""
-    query = _RESPONSES.where(*_SHOWN)
-    place = tuple_(turns.c.created_at, turns.c.turn_id)
+    place: tuple[Any, str] | None = None
     if after is not None:
         first = get_response(connection, owner, after)
-        where = tuple_(literal(first.created_at), literal(first.turn_id))
-        query = query.where(place < where if descending else place > where)
-    order = (turns.c.created_at.desc(), turns.c.turn_id.desc()) if descending else (turns.c.created_at, turns.c.turn_id)
-    with connection.execution_options(yield_per=200).execute(query.order_by(*order), {"of_owner": owner}) as result:
+        place = first.created_at, first.turn_id
+    found: list[Row[Any]] = []
+    while len(found) <= limit:
+        rows = connection.execute(_behind(place, descending).limit(ROWS_AT_ONCE), {"of_owner": owner}).all()
         # Not in SQL: a member of a JSON value with U+0000 anywhere in it cannot be read there.
-        found = [row for row, _ in zip(_of_model(result, model), range(limit + 1), strict=False)]
-    steps = read_steps(connection, [row.turn_id for row in found])
+        found += (row for row in rows if model is None or row.request["model"] == model)
+        if len(rows) < ROWS_AT_ONCE:
+            break
+        place = rows[-1].created_at, rows[-1].turn_id
+    steps = read_steps(connection, [row.turn_id for row in found[:limit]])
     return [_response(row, steps[row.turn_id]) for row in found[:limit]], len(found) > limit
 
 
-def _of_model(rows: Any, model: str | None) -> Iterator[Row[Any]]:
-    return (row for row in rows if model is None or row.request["model"] == model)
+def _behind(place: tuple[Any, str] | None, descending: bool) -> Any:
+    query, here = _RESPONSES.where(*_SHOWN), tuple_(turns.c.created_at, turns.c.turn_id)
+    if place is not None:
+        there = tuple_(literal(place[0]), literal(place[1]))
+        query = query.where(here < there if descending else here > there)
+    order = (turns.c.created_at, turns.c.turn_id)
+    return query.order_by(*(column.desc() for column in order) if descending else order)
 
 
 def mark_response_deleted(connection: Connection, owner: str, turn_id: str) -> list[str]:

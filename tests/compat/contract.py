@@ -83,14 +83,12 @@ class Deviation:
     """Differences that are meant, and why.
 
     `captures`: globs of `<set>/<name>`. `changes`: by the pattern of a path, in which `*` stands for one part and `**`
-    for any, what is there in theirs and in ours; `ANY` and `Matching` stand for many values. `who` mends it, if it is
-    only pending.
+    for any, what is there in theirs and in ours; `ANY` and `Matching` stand for many values.
     """
 
     reason: str
     captures: tuple[str, ...]
     changes: Mapping[str, tuple[Json, Json]]
-    who: str = ""
 
     def explains(self, difference: Difference) -> set[tuple[str, str]]:
         """By which of its captures and paths."""
