@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, func, literal, select, text, tuple_, update
@@ -17,7 +19,7 @@ from app.store.tables import event_segments, sessions, turns
 from app.store.turns import read_steps, segments_after
 
 EVENTS_AT_ONCE = 5000
-ROWS_AT_ONCE = 100
+LISTED_AT_ONCE = 200
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,30 @@ def list_responses(
     connection: Connection, owner: str, after: str | None, limit: int, *, model: str | None, descending: bool
 ) -> tuple[list[ResponseRow], bool]:
     """(one page behind the response `after`, whether more follow). Raises NotFound: there is no such response."""
-    place: tuple[Any, str] | None = None
-    if after is not None:
-        first = get_response(connection, owner, after)
-        place = first.created_at, first.turn_id
-    found: list[Row[Any]] = []
-    while len(found) <= limit:
-        rows = connection.execute(_behind(place, descending).limit(ROWS_AT_ONCE), {"of_owner": owner}).all()
-        # Not in SQL: a member of a JSON value with U+0000 anywhere in it cannot be read there.
-        found += (row for row in rows if model is None or row.request["model"] == model)
-        if len(rows) < ROWS_AT_ONCE:
-            break
-        place = rows[-1].created_at, rows[-1].turn_id
-    steps = read_steps(connection, [row.turn_id for row in found[:limit]])
+    first = get_response(connection, owner, after) if after is not None else None
+    rows = _in_order(connection, owner, first, max(limit + 1, LISTED_AT_ONCE if model else 0), descending)
+    # Not in SQL: a member of a JSON value with U+0000 anywhere in it cannot be read there.
+    of_model = (row for row in rows if model is None or row.request["model"] == model)
+    found = list(islice(of_model, limit + 1))
+    steps = read_steps(connection, [row.turn_id for row in found])
     return [_response(row, steps[row.turn_id]) for row in found[:limit]], len(found) > limit
 
 
-def _behind(place: tuple[Any, str] | None, descending: bool) -> Any:
-    query, here = _RESPONSES.where(*_SHOWN), tuple_(turns.c.created_at, turns.c.turn_id)
-    if place is not None:
-        there = tuple_(literal(place[0]), literal(place[1]))
-        query = query.where(here < there if descending else here > there)
-    order = (turns.c.created_at, turns.c.turn_id)
-    return query.order_by(*(column.desc() for column in order) if descending else order)
+def _in_order(
+    connection: Connection, owner: str, behind: ResponseRow | Row[Any] | None, at_once: int, descending: bool
+) -> Iterator[Row[Any]]:
+    """All responses behind this one, read as they are asked for."""
+    place = tuple_(turns.c.created_at, turns.c.turn_id)
+    order = (turns.c.created_at.desc(), turns.c.turn_id.desc()) if descending else (turns.c.created_at, turns.c.turn_id)
+    query = _RESPONSES.where(*_SHOWN).order_by(*order).limit(at_once)
+    while True:
+        here = tuple_(literal(behind.created_at), literal(behind.turn_id)) if behind else None
+        there = () if here is None else (place < here if descending else place > here,)
+        rows = connection.execute(query.where(*there), {"of_owner": owner}).all()
+        yield from rows
+        if len(rows) < at_once:
+            return
+        behind = rows[-1]
 
 
 def mark_response_deleted(connection: Connection, owner: str, turn_id: str) -> list[str]:

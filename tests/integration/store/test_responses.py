@@ -353,8 +353,10 @@ def test_input_items_of_a_chain(asking: Asking) -> None:
 # --- listed and deleted -----------------------------------------------------------------------------------------------
 
 
-def test_pages(asking: Asking) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 200])
+def test_pages(asking: Asking, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Newest first or oldest first, of one model or of all; also where several were made at one moment."""
+    monkeypatch.setattr(responses, "LISTED_AT_ONCE", at_once)
     owner, other = key(), key()
     made = [asking.ask(str(number), owner=owner) for number in range(5)]
     moment = asking.seeds.column(made[0], "created_at")
