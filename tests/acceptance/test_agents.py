@@ -12,6 +12,9 @@ from llama_stack_client import BadRequestError, LlamaStackClient, NotFoundError
 from tests.acceptance.conftest import AgentMaker, Caravan
 from tests.support import wait_until
 
+# Most of it is the web process's: in the other pool they run with `make test-all`.
+pytestmark = pytest.mark.pools("turn-pool")
+
 UNKNOWN = str(uuid.uuid4())
 PREFIXES = ("/v1", "/v1alpha")
 

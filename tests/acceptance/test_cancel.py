@@ -21,6 +21,10 @@ from tests.acceptance.test_turns import BOILING_POINT
 from tests.support import ROOT, wait_until
 from tests.support.scripted_model import ScriptedModel
 
+# Most of it is the web process's: in the other pool they run with `make test-all`.
+pytestmark = pytest.mark.pools("turn-pool")
+both_pools = pytest.mark.pools("turn-pool", "prefork")
+
 
 def body(script: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": script}], "stream": True, **more}
@@ -59,6 +63,7 @@ def newest(http: httpx.Client, session: str, count: int = 1) -> str:
     return f"{session}/turn/{http.get(session).json()['turns'][-1]['turn_id']}"
 
 
+@both_pools
 def test_a_running_turn_is_cancelled(
     make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
 ) -> None:
@@ -198,6 +203,7 @@ def test_cancels_that_race_with_the_end_agree_with_it(
     raise AssertionError(f"there was no race: all turns were {seen}")
 
 
+@both_pools
 def test_reject_and_interrupt(
     make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel, posting: Any
 ) -> None:
@@ -283,6 +289,7 @@ def test_an_sdk_retry_without_a_key_finds_its_turn(make_agent: AgentMaker, http:
     assert again.headers["x-turn-id"] != first.headers["x-turn-id"]
 
 
+@both_pools
 def test_leaving_and_cancelling_differ(
     make_agent: AgentMaker, http: httpx.Client, caravan: Caravan, model: ScriptedModel
 ) -> None:

@@ -16,6 +16,10 @@ from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
+# Most of it is the web process's: in the other pool they run with `make test-all`.
+pytestmark = pytest.mark.pools("turn-pool")
+both_pools = pytest.mark.pools("turn-pool", "prefork")
+
 BOILING_POINT = {
     "name": "get_boiling_point",
     "description": "The boiling point of a liquid",
@@ -27,6 +31,7 @@ def kinds(chunks: list[Any]) -> list[str]:
     return [chunk.event.payload.event_type for chunk in chunks if chunk.event is not None]
 
 
+@both_pools
 def test_a_plain_turn_streams_its_steps(make_agent: AgentMaker) -> None:
     """Deltas come as the model says them; the last event holds the whole turn."""
     chunks = make_agent().turn("SAY hello there world")
@@ -49,6 +54,7 @@ def test_a_stored_turn_is_the_one_that_was_streamed(make_agent: AgentMaker, http
     assert http.get(f"{agent.path}/turn/{turn['turn_id']}/step/{step['step_id']}").json() == {"step": step}
 
 
+@both_pools
 def test_the_turn_was_claimed_by_a_worker_process(make_agent: AgentMaker, http: httpx.Client, caravan: Caravan) -> None:
     """The worker that ran a turn is named, and is no web process."""
     agent = make_agent()
@@ -74,6 +80,7 @@ def test_the_model_is_given_the_history(make_agent: AgentMaker) -> None:
     ]
 
 
+@both_pools
 def test_a_client_tool_awaits_input_and_is_resumed(make_agent: AgentMaker) -> None:
     """The turn asks for the call, the resume records its response in a step of its own, the model goes on."""
     agent = make_agent(client_tools=[BOILING_POINT])
@@ -130,6 +137,7 @@ def test_a_turn_without_a_stream_gives_the_turn(make_agent: AgentMaker) -> None:
     assert failed.value.status_code == 400
 
 
+@both_pools
 def test_an_mcp_tool_runs_on_the_worker(make_agent: AgentMaker) -> None:
     """A toolgroup registered while the worker runs is usable by the very next turn, with a real MCP server."""
     with McpServer() as server:
@@ -154,6 +162,7 @@ def test_a_tool_that_fails_is_told_to_the_model(make_agent: AgentMaker) -> None:
     assert "There is no tool no_such_tool" in turn.output_message.content
 
 
+@both_pools
 @pytest.mark.parametrize("script", ["ERR 500 it broke", "PART some words | ERR 500 it broke"])
 def test_a_model_error_ends_the_turn_and_is_stored(make_agent: AgentMaker, http: httpx.Client, script: str) -> None:
     """Before the stream or in the middle of it: the last event is the error, the turn is stored as failed."""
