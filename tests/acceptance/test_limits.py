@@ -77,7 +77,7 @@ def agent(caravan: Caravan, model: ScriptedModel) -> Iterator[Agent]:
 @pytest.fixture
 def patient_agent(caravan: Caravan, model: ScriptedModel) -> Iterator[Agent]:
     """Its SDK tries again by itself, as it does unless it is told not to. It makes more inferences than by default."""
-    with LlamaStackClient(base_url=caravan.url, api_key=ONE) as client:
+    with LlamaStackClient(base_url=caravan.url, api_key=ONE, max_retries=10) as client:  # the machine may be slow
         yield Agent(client, max_infer_iters=100)
 
 
