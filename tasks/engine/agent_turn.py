@@ -29,6 +29,7 @@ from tasks.engine import inference, tools
 from tasks.engine.attempt import Attempt, Outcome, Tools
 from tasks.engine.ledger import Made, ServerCall
 from tasks.engine.messages import chat_request
+from tasks.engine.server_tools import ServerTools
 
 _steps: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
 _inputs: TypeAdapter[list[Message]] = TypeAdapter(list[UserMessage | ToolResponseMessage])
@@ -44,7 +45,7 @@ class AgentTurn(Attempt):
         self._journal: list[Step] = _steps.validate_python(claim.steps)
         self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
         self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
-        self._resolved = tools.Resolved()
+        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id)
 
     async def _leg(self) -> Outcome:
         await self._resolve()
@@ -66,14 +67,15 @@ class AgentTurn(Attempt):
 
     async def _resolve(self) -> None:
         if self._claim.resolved is not None:
-            self._resolved = tools.Resolved.model_validate(self._claim.resolved)
+            self._server_tools.resolved = tools.Resolved.model_validate(self._claim.resolved)
             return
         request = self._claim.request
         if not (self._config.toolgroups or request.get("toolgroups") or request.get("documents")):
             return
         limit = self._given.settings.document_max_bytes
-        self._resolved = await tools.resolve(self._given.stack, self._config, request, limit)
-        await self._record(resolved=self._resolved.model_dump(mode="json"))
+        resolved = await tools.resolve(self._given.stack, self._config, request, limit)
+        await self._record(resolved=resolved.model_dump(mode="json"))
+        self._server_tools.resolved = resolved
 
     async def _infer(self) -> Outcome | None:
         """One inference step. If the leg ends with it, both are recorded at once."""
@@ -98,7 +100,7 @@ class AgentTurn(Attempt):
 
     async def _ask_model(self, step_id: str) -> CompletionMessage:
         messages = self._messages()
-        request = await chat_request(self._config, messages, tools.offered(self._config, self._resolved))
+        request = await chat_request(self._config, messages, tools.offered(self._config, self._server_tools.resolved))
         answer = inference.Inference(
             events.StepProgress("inference", step_id),
             self._progress,
@@ -111,7 +113,7 @@ class AgentTurn(Attempt):
             (_with_context(_inputs.validate_python(turn.messages), turn.context), _steps.validate_python(turn.steps))
             for turn in self._claim.past
         ]
-        current = (_with_context(self._inputs, self._resolved.context), self._journal)
+        current = (_with_context(self._inputs, self._server_tools.resolved.context), self._journal)
         return history.conversation(self._config, [*past, current])
 
     async def _run_tools(self, action: RunTools) -> None:
@@ -124,19 +126,15 @@ class AgentTurn(Attempt):
         await self._ledger.run(action.ordinal, calls, record)
 
     def _server_call(self, index: int, call: ToolCall) -> ServerCall:
-        settings = self._given.settings
-        tool = self._resolved.tool(call)
-        limits = tools.Limits(settings.tool_timeout_seconds, settings.tool_result_max_bytes)
         return ServerCall(
             index,
-            repeatable=tool is not None and tool.safe_to_repeat(settings.tools_safe_to_repeat),
-            make=partial(self._call_tool, call, limits),
+            repeatable=self._server_tools.repeatable(call),
+            make=partial(self._call_tool, call),
             unknown=events.dump(tools.failed(call, tools.OUTCOME_UNKNOWN)),
         )
 
-    async def _call_tool(self, call: ToolCall, limits: tools.Limits, key: str) -> dict[str, Any]:
-        response = await tools.call(self._given.stack, self._resolved, self._claim.session_id, call, key, limits)
-        return events.dump(response)
+    async def _call_tool(self, call: ToolCall, key: str) -> dict[str, Any]:
+        return events.dump(await self._server_tools.call(call, key))
 
     async def _tool_step(self, ordinal: int, index: int, call: ToolCall, running: asyncio.Task[Made]) -> None:
         step_id = str(uuid.uuid4())

@@ -1,0 +1,93 @@
+"""The server tools of one attempt at a turn: each call of one of them.
+
+Whatever goes wrong in a tool becomes the tool's response: the model can go on from it, and the turn is not lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+from llama_stack.apis.inference import ToolCall, ToolResponse
+from llama_stack.apis.tools import ToolInvocationResult
+
+from app.domain.decide import tool_name
+from app.settings import Settings
+from tasks.engine import mcp
+from tasks.engine.tools import Resolved, Tool, failed
+from tasks.stack import LlamaStack
+
+logger = logging.getLogger(__name__)
+
+
+class ServerTools:
+    """Of one attempt. `resolved` is set once the turn's tools are known."""
+
+    def __init__(self, stack: LlamaStack, settings: Settings, session_id: str) -> None:
+        self._stack = stack
+        self._settings = settings
+        self._session_id = session_id
+        self.resolved = Resolved()
+
+    def repeatable(self, tool_call: ToolCall) -> bool:
+        """Whether a call that was in flight when its worker died may be made again."""
+        tool = self.resolved.tool(tool_call)
+        return tool is not None and tool.safe_to_repeat(self._settings.tools_safe_to_repeat)
+
+    async def call(self, tool_call: ToolCall, key: str) -> ToolResponse:
+        """Makes one call. Whatever goes wrong is the response.
+
+        `key`: the same for every attempt of this call, and different for every other call.
+        """
+        tool = self.resolved.tool(tool_call)
+        if tool is None:
+            known = ", ".join(tool.name for tool in self.resolved.tools) or "none"
+            return failed(tool_call, f"There is no tool {tool_name(tool_call)}. Tools: {known}.")
+        try:
+            arguments = json.loads(tool_call.arguments)
+        except json.JSONDecodeError as error:
+            return failed(tool_call, f"The arguments are not valid JSON: {error}.")
+        if not isinstance(arguments, dict):
+            return failed(tool_call, "The arguments are not a JSON object.")
+        limit = self._settings.tool_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                result = await self._invoke(tool, {**arguments, **tool.args}, key)
+        except TimeoutError:
+            return failed(tool_call, f"The tool gave no result within {limit:g} s (TOOL_TIMEOUT_SECONDS).")
+        except Exception as error:
+            logger.warning("tool %s failed: %s", tool.name, error)
+            return failed(tool_call, f"The tool failed: {error}")
+        return self._bounded(_response(tool_call, result), tool_call)
+
+    async def _invoke(self, tool: Tool, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
+        if tool.is_mcp:
+            return await self._invoke_mcp(tool, arguments, key)
+        # The router finds a tool's group in an index that listing it fills: another process may have resolved it.
+        await self._stack.tool_groups.list_tools(toolgroup_id=tool.toolgroup_id)
+        kwargs = {"session_id": self._session_id, **arguments}
+        return await self._stack.tool_runtime.invoke_tool(tool_name=tool.name, kwargs=kwargs)
+
+    async def _invoke_mcp(self, tool: Tool, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
+        endpoint = await self._stack.mcp_endpoint(tool.toolgroup_id)
+        if endpoint is None:
+            raise ValueError(f"toolgroup {tool.toolgroup_id} is no MCP server any longer")
+        # It gets just what the model said: its schema knows no session.
+        return await mcp.call_tool(mcp.Server(endpoint), tool.name, arguments, key)
+
+    def _bounded(self, response: ToolResponse, tool_call: ToolCall) -> ToolResponse:
+        size, limit = len(response.model_dump_json().encode()), self._settings.tool_result_max_bytes
+        if size <= limit:
+            return response
+        logger.warning("tool %s gave a result of %d bytes", tool_name(tool_call), size)
+        message = f"The tool's result has {size} bytes, more than the {limit} allowed (TOOL_RESULT_MAX_BYTES)."
+        return failed(tool_call, message)
+
+
+def _response(tool_call: ToolCall, result: ToolInvocationResult) -> ToolResponse:
+    content = result.content if result.content is not None else result.error_message or ""
+    return ToolResponse(
+        call_id=tool_call.call_id, tool_name=tool_call.tool_name, content=content, metadata=result.metadata
+    )
