@@ -104,7 +104,12 @@ class Settings(BaseSettings):
         default=16_777_216, ge=65_536, description="Bytes of events that one turn may write; it fails beyond."
     )
     document_max_bytes: int = Field(
-        default=1_048_576, ge=1, description="Bytes that a document of a turn may have, given or fetched."
+        default=1_048_576, ge=1, description="Bytes that a document may have, given or fetched, and its text."
+    )
+    fetch_allowed: CommaSeparated = Field(
+        default_factory=list,
+        description="Where documents and images may be fetched from beside public addresses: hosts (`wiki.internal`, "
+        "`127.0.0.1:9000`) and networks (`10.1.0.0/16`), comma-separated. Empty: from public addresses only.",
     )
     tool_timeout_seconds: float = Field(
         default=300, gt=0, description="Seconds that one server-side tool call may take."
@@ -186,6 +191,7 @@ class Settings(BaseSettings):
         "api_keys",
         "sealing_keys",
         "tools_safe_to_repeat",
+        "fetch_allowed",
         mode="before",
     )
     @classmethod
