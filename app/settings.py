@@ -26,6 +26,8 @@ PRINCIPAL = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 
 SEALING_KEY_BYTES = 32
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
 _API_KEY = re.compile(f"{PRINCIPAL}:[0-9a-f]{{64}}")
 
 
@@ -66,13 +68,29 @@ class Settings(BaseSettings):
     model_aliases: CommaSeparated = Field(
         default_factory=list,
         description="More ids for models, `alias=model`, comma-separated: programs that ask for `alias` get `model`, "
-        "one of `INFERENCE_MODEL`. Clients see aliases beside the models.",
+        "one of `INFERENCE_MODEL`, or `EMBEDDING_MODEL`. Clients see aliases beside the models.",
     )
     model_timeout_seconds: float = Field(
         default=300, gt=0, description="Seconds without a byte from the model after which an inference fails."
     )
     model_call_timeout_seconds: float = Field(
         default=1800, gt=0, description="Seconds that one inference may take in all; the turn fails beyond."
+    )
+    embedding_url: str = Field(
+        default="http://127.0.0.1:8322/v1",
+        description="Base of an OpenAI-compatible embeddings server, with `/v1` (default: `caravan embeddings` on this "
+        "machine).",
+    )
+    embedding_api_key: SecretStr | None = Field(
+        default=None, description="Bearer key for `EMBEDDING_URL`. Empty: none is sent."
+    )
+    embedding_model: str = Field(
+        default=MINILM,
+        description="Id of the embedding model, as `EMBEDDING_URL` knows it. Clients see it under this id, and vector "
+        "stores take it if they name none. all-MiniLM-L6-v2 is known under its short name as well.",
+    )
+    embedding_dimension: int = Field(
+        default=384, ge=1, le=16_000, description="Numbers in a vector of `EMBEDDING_MODEL`."
     )
     llama_stack_config: str | None = Field(
         default=None, description="Path of your own Llama Stack `run.yaml`, used in place of the built-in one."
@@ -224,7 +242,7 @@ class Settings(BaseSettings):
                 )
         return value
 
-    @field_validator("inference_url")
+    @field_validator("inference_url", "embedding_url")
     @classmethod
     def _http(cls, value: str) -> str:
         if not value.startswith(("http://", "https://")):
@@ -250,11 +268,14 @@ class Settings(BaseSettings):
             raise ValueError("LEASE_SECONDS must be at least twice HEARTBEAT_SECONDS")
         if self.llama_stack_config and not os.path.isfile(self.llama_stack_config):
             raise ValueError(f"LLAMA_STACK_CONFIG: there is no file {self.llama_stack_config}")
+        models = {*self.inference_model, self.embedding_model}
+        if self.embedding_model in self.inference_model:
+            raise ValueError(f"EMBEDDING_MODEL must not be one of INFERENCE_MODEL; {self.embedding_model} is both")
         for alias, model in self.aliases.items():
-            if not alias or model not in self.inference_model or alias in self.inference_model:
+            if not alias or model not in models or alias in models:
                 raise ValueError(
                     "MODEL_ALIASES must be alias=model entries, comma-separated, each of a model of INFERENCE_MODEL "
-                    f"and under an id of its own; {alias}={model} is none"
+                    f"or of EMBEDDING_MODEL, and under an id of its own; {alias}={model} is none"
                 )
         return self
 

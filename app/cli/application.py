@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import chat, demo, doctor, keys, migrate, prune, settings, turns, up
+from app.cli import chat, demo, doctor, embeddings, keys, migrate, prune, settings, turns, up
 
 application = typer.Typer(
     name="caravan",
@@ -19,6 +19,7 @@ application = typer.Typer(
 )
 application.command()(up.up)
 application.command()(demo.demo)
+application.command()(embeddings.embeddings)
 application.command()(chat.chat)
 application.command()(migrate.migrate)
 application.command()(prune.prune)

@@ -128,12 +128,31 @@ def _model(settings: Settings) -> Finding:
     return Finding(True, f"lists {', '.join(settings.inference_model)}")
 
 
+def _embedding(settings: Settings) -> Finding:
+    import httpx
+
+    if settings.llama_stack_config:
+        return Finding(True, f"models are those of {settings.llama_stack_config}; not checked")
+    key = settings.embedding_api_key.get_secret_value() if settings.embedding_api_key else None
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = f"{settings.embedding_url}/embeddings"
+    body = {"model": settings.embedding_model, "input": ["Is every part there?"]}
+    answer = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_SECONDS)
+    if answer.status_code != httpx.codes.OK:
+        return Finding(False, f"{url} answered {answer.status_code}: {answer.text[:200]}", HINTS["embedding"])
+    dimension = len(answer.json()["data"][0]["embedding"])
+    if dimension != settings.embedding_dimension:
+        return Finding(False, f"its vectors have {dimension} numbers", f"set EMBEDDING_DIMENSION to {dimension}")
+    return Finding(True, f"{settings.embedding_model}, {dimension} dimensions")
+
+
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "postgres": _postgres,
     "redis": _redis,
     "broker": _broker,
     "workers": _workers,
     "model": _model,
+    "embedding": _embedding,
 }
 HINTS = {
     "postgres": "is the server up, and DATABASE_URL right?",
@@ -141,4 +160,6 @@ HINTS = {
     "broker": "is the server up, and CELERY_BROKER_URL right?",
     "workers": "see postgres above",
     "model": "is the model server up, and INFERENCE_URL (with /v1) and INFERENCE_API_KEY right?",
+    "embedding": "RAG needs it: start `caravan embeddings`, or name a server in EMBEDDING_URL (with /v1), "
+    "EMBEDDING_API_KEY and EMBEDDING_MODEL",
 }

@@ -56,6 +56,11 @@ def weights() -> Path:
     return files[0]
 
 
+def compute_threads() -> int:
+    """Half of the cores: threads of one step wait for each other, so with all of them other load costs much more."""
+    return max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
+
+
 def serve(port: int) -> None:
     """Serves until SIGTERM or SIGINT."""
     import xllamacpp
@@ -67,8 +72,7 @@ def serve(port: int) -> None:
     parameters.port = port
     parameters.n_ctx = CONTEXT_TOKENS
     parameters.n_parallel = PARALLEL
-    # Half of the cores: threads of one step wait for each other, so with all of them any other load costs much more.
-    parameters.cpuparams.n_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
+    parameters.cpuparams.n_threads = compute_threads()
     parameters.cpuparams.poll = 0  # threads that wait for work leave the processor to others
     parameters.ui = False
     server = xllamacpp.Server(parameters)

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.local import program
+from app.local.embeddings import Embeddings
+from app.local.minilm import DIMENSION
+from app.local.minilm import MODEL_ID as MINILM
 from app.local.model import MODEL_ID, Model
 from app.local.postgres import SYSTEM_FOLDER, Postgres, first_closed
 from app.local.program import Pool
@@ -27,13 +30,17 @@ FOLDER = Path(".caravan")
 
 @dataclass(frozen=True)
 class Options:
-    """What `caravan up` can be told. None: no Flower; the embedded model; all models that `model_url` lists."""
+    """What `caravan up` can be told. None: no Flower; the embedded model; all models that `model_url` lists; the
+    embedded embeddings server."""
 
     data: Path
     port: int = 8321
     flower_port: int | None = 5555
     model_url: str | None = None
     models: list[str] = field(default_factory=list)
+    embedding_url: str | None = None
+    embedding_model: str = MINILM
+    embedding_dimension: int = DIMENSION
     pool: Pool = "turns"
 
 
@@ -50,11 +57,12 @@ class Installation:
         self.model = None if options.model_url else Model(self.data)
         self.model_url = (self.model.url if self.model else options.model_url or "").rstrip("/")
         self.models = options.models or ([MODEL_ID] if self.model else [])
+        self.embeddings = None if options.embedding_url else Embeddings(self.data)
 
     def start(self, supervisor: Supervisor, tell: Callable[[str], None]) -> None:
         """Starts one after the other what needs each other, and the rest at once. Raises LocalError, Stopped."""
         self._require_ports()
-        embedded = [self.valkey, self.postgres, *([self.model] if self.model else [])]
+        embedded = [self.valkey, self.postgres, *(server for server in (self.model, self.embeddings) if server)]
         tell(f"starting {_listed([server.name for server in embedded])}")
         supervisor.launch(*embedded)
         supervisor.wait_ready(self.valkey, self.postgres)
@@ -75,6 +83,9 @@ class Installation:
             "CELERY_BROKER_URL": self.valkey.url,
             "INFERENCE_URL": self.model_url,
             "INFERENCE_MODEL": ",".join(self.models),
+            "EMBEDDING_URL": self.embeddings.url if self.embeddings else self._options.embedding_url or "",
+            "EMBEDDING_MODEL": self._options.embedding_model,
+            "EMBEDDING_DIMENSION": str(self._options.embedding_dimension),
             "SEALING_KEYS": sealing_key(self.data),
         }
 
@@ -193,12 +204,14 @@ def listed_models(model_url: str) -> list[str]:
 
 
 def _where(installation: Installation) -> str:
+    environment = installation.environment()
     lines = [
         f"  API       {installation.url}/v1",
         f"  API docs  {installation.url}/docs",
         f"  health    {installation.url}/v1/health",
         *([f"  Flower    {installation.flower_url}"] if installation.flower_url else []),
         f"  model     {', '.join(installation.models)} at {installation.model_url}",
+        f"  vectors   of {environment['EMBEDDING_MODEL']} at {environment['EMBEDDING_URL']}",
         f"  data      {installation.data}",
         f"  settings  set -a; . {shlex.quote(str(installation.environment_file))}; set +a",
         "Ctrl-C stops everything.",

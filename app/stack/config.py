@@ -13,7 +13,14 @@ from typing import Any
 import psycopg2
 import yaml
 from llama_stack.core.configure import parse_and_maybe_upgrade_config
-from llama_stack.core.datatypes import Provider, RegisteredResources, StackRunConfig, ToolGroupInput
+from llama_stack.core.datatypes import (
+    Provider,
+    QualifiedModel,
+    RegisteredResources,
+    StackRunConfig,
+    ToolGroupInput,
+    VectorStoresConfig,
+)
 from llama_stack.core.storage.datatypes import (
     InferenceStoreReference,
     KVStoreReference,
@@ -22,11 +29,12 @@ from llama_stack.core.storage.datatypes import (
     StorageConfig,
 )
 
-from app.settings import Settings, SettingsError
+from app.settings import MINILM, Settings, SettingsError
 from app.stack import postgres
 
 MODULE = "app.stack"  # llama_stack asks `app.stack.provider` for the specs of providers that name this module
 MODEL_SERVER = "model-server"
+EMBEDDINGS_SERVER = "embeddings-server"
 KEY_VALUE = "kv_default"
 SQL = "sql_default"
 
@@ -87,7 +95,7 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
     """Our own configuration; `vectors`: whether the database has pgvector. Touches no network."""
     key_value, sql = postgres.backends(settings.sqlalchemy_url, settings.database_pool_size)
     providers = {
-        "inference": [_model_server(settings)],
+        "inference": [_model_server(settings), _embeddings_server(settings)],
         "safety": [Provider(provider_id="llama-guard", provider_type="inline::llama-guard", config={})],
         "files": [_files()],
         "tool_runtime": [
@@ -95,16 +103,19 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
         ],
     }
     tool_groups = []
+    vector_stores = None
     if vectors:
         providers["vector_io"] = [_pgvector()]
         providers["tool_runtime"].append(_ours("rag-runtime", "inline::rag-runtime"))
         tool_groups.append(ToolGroupInput(toolgroup_id="builtin::rag", provider_id="rag-runtime"))
+        vector_stores = VectorStoresConfig(default_embedding_model=_default_embedding_model(settings))
     return StackRunConfig(
         image_name="caravan",
         apis=sorted(providers),
         providers=providers,
         storage=StorageConfig(backends={KEY_VALUE: key_value, SQL: sql}, stores=_stores()),
         registered_resources=RegisteredResources(tool_groups=tool_groups),
+        vector_stores=vector_stores,
         telemetry={"enabled": False},
     )
 
@@ -131,9 +142,42 @@ def _model_server(settings: Settings) -> Provider:
         url=settings.inference_url,
         api_key=key.get_secret_value() if key else None,
         models=settings.inference_model,
-        aliases=settings.aliases,
+        aliases={alias: model for alias, model in settings.aliases.items() if model != settings.embedding_model},
         timeout_seconds=settings.model_timeout_seconds,
     )
+
+
+def _embeddings_server(settings: Settings) -> Provider:
+    key = settings.embedding_api_key
+    model = settings.embedding_model
+    names = [
+        _qualified(settings),
+        *([MINILM, MINILM.rpartition("/")[2]] if model in (MINILM, MINILM.rpartition("/")[2]) else []),
+        *(alias for alias, named in settings.aliases.items() if named == model),
+    ]
+    return _ours(
+        EMBEDDINGS_SERVER,
+        "remote::caravan",
+        url=settings.embedding_url,
+        api_key=key.get_secret_value() if key else None,
+        models=[model],
+        aliases={name: model for name in names if name != model},
+        embedding_dimension=settings.embedding_dimension,
+        settings="EMBEDDING",
+        timeout_seconds=settings.model_timeout_seconds,
+    )
+
+
+def _qualified(settings: Settings) -> str:
+    """llama_stack puts a provider and a slash before the id of the default embedding model, so it needs a slash."""
+    model = settings.embedding_model
+    return model if "/" in model.strip("/") else f"{EMBEDDINGS_SERVER}/{model}"
+
+
+def _default_embedding_model(settings: Settings) -> QualifiedModel:
+    """Of vector stores that name none. Not necessarily a provider: what stands before the id's first slash."""
+    before, _, after = _qualified(settings).partition("/")
+    return QualifiedModel(provider_id=before, model_id=after)
 
 
 def _pgvector() -> Provider:

@@ -1,4 +1,4 @@
-"""The inference provider for `INFERENCE_URL`: any OpenAI-compatible server.
+"""The inference provider for `INFERENCE_URL` and `EMBEDDING_URL`: any OpenAI-compatible server.
 
 Differs from llama_stack's own remote providers: clients see the model ids as the server knows them, with no provider
 in front; no network at start; one HTTP client, and so one connection pool, for each event loop; a lean stream
@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from llama_stack.apis.inference import (
     OpenAICompletionRequestWithExtraBody,
     OpenAIEmbeddingsRequestWithExtraBody,
     OpenAIEmbeddingsResponse,
+    OpenAIEmbeddingUsage,
 )
 from llama_stack.apis.models import Model
 from llama_stack.providers.datatypes import Api
@@ -51,6 +52,7 @@ GATEWAY_TIMEOUT = 504
 # answer, even an error, is the caller's business, and a stream that has begun cannot be begun again.
 TRIES = 3
 RETRY_SECONDS = 0.1
+EMBEDDING_BATCH = 64
 CONNECT_SECONDS = 10.0
 KEEPALIVE_SECONDS = 30.0
 # The server usually closes its answer together with `[DONE]`; waiting a moment for that keeps the connection alive.
@@ -64,6 +66,8 @@ class ModelServerConfig(BaseModel):
     api_key: SecretStr | None = None
     models: list[str] = Field(description="Ids of the models that clients see, as the server knows them")
     aliases: dict[str, str] = Field(default={}, description="More ids that clients see, each of one of these models")
+    embedding_dimension: int | None = Field(default=None, description="Of its models, if they are embedding models")
+    settings: str = Field(default="", description="What its settings begin with, for errors to name; empty: not named")
     timeout_seconds: float = Field(gt=0, description="Seconds without a byte after which a request fails")
 
 
@@ -121,7 +125,39 @@ class ModelServer:
         )
 
     async def openai_embeddings(self, params: OpenAIEmbeddingsRequestWithExtraBody) -> OpenAIEmbeddingsResponse:
-        return await _whole(await self._ask("/embeddings", _body(params)), OpenAIEmbeddingsResponse)
+        """Of any number of texts: asked for in batches that any server takes, one after the other."""
+        texts = [params.input] if isinstance(params.input, str) else params.input
+        answers = [
+            await self._embed(params.model_copy(update={"input": texts[start : start + EMBEDDING_BATCH]}))
+            for start in range(0, len(texts) or 1, EMBEDDING_BATCH)
+        ]
+        return answers[0] if len(answers) == 1 else _joined(answers)
+
+    async def _embed(self, params: OpenAIEmbeddingsRequestWithExtraBody) -> OpenAIEmbeddingsResponse:
+        with self._naming_settings():
+            answer = await _whole(await self._ask("/embeddings", _body(params)), OpenAIEmbeddingsResponse)
+        if params.dimensions is None:
+            self._check_dimension(answer)
+        return answer
+
+    def _check_dimension(self, answer: OpenAIEmbeddingsResponse) -> None:
+        expected = self._config.embedding_dimension
+        found = {len(entry.embedding) for entry in answer.data if isinstance(entry.embedding, list)} - {expected}
+        if expected and found:
+            prefix = self._config.settings
+            raise ModelError(f"{prefix}_DIMENSION is {expected}, but {prefix}_URL gave {found.pop()} numbers")
+
+    @contextmanager
+    def _naming_settings(self) -> Iterator[None]:
+        """Of an embeddings server, an error says which setting is to blame: who searches may not know of it."""
+        try:
+            yield
+        except ModelError as error:
+            if not (prefix := self._config.settings):
+                raise
+            if error.status_code in (401, 403):  # not the client's key was refused, but ours
+                raise ModelError(f"{prefix}_URL refused {prefix}_API_KEY: {error}") from error
+            raise ModelError(f"{prefix}_URL ({self._config.url}): {error}", error.status_code, error.details) from error
 
     async def relay(
         self, path: str, body: dict[str, Any], *, streams: bool
@@ -130,15 +166,16 @@ class ModelServer:
 
         Closing the iterator, or cancelling the task that waits for it, closes the connection to the server at once.
         """
-        response = await self._ask(path, body)
-        if streams:
-            return _stream(response, _objects(blocks := response.content.iter_any()), blocks)
-        try:
-            return parse_event(await response.read())
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise _broken(error) from error
-        finally:
-            response.close()
+        with self._naming_settings():
+            response = await self._ask(path, body)
+            if streams:
+                return _stream(response, _objects(blocks := response.content.iter_any()), blocks)
+            try:
+                return parse_event(await response.read())
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise _broken(error) from error
+            finally:
+                response.close()
 
     async def _ask(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """The head of a successful answer. Its body is still to be read, and the answer to be closed."""
@@ -184,6 +221,18 @@ def _body(params: BaseModel) -> dict[str, Any]:
     # Fields that the type does not know are llama_stack's `extra_body`; they are dumped beside the others.
     body: dict[str, Any] = params.model_dump(exclude_none=True)
     return {name: value for name, value in body.items() if name not in _LIMITS_OF_ZERO or value}
+
+
+def _joined(answers: list[OpenAIEmbeddingsResponse]) -> OpenAIEmbeddingsResponse:
+    entries = (entry for answer in answers for entry in answer.data)
+    return OpenAIEmbeddingsResponse(
+        data=[entry.model_copy(update={"index": index}) for index, entry in enumerate(entries)],
+        model=answers[0].model,
+        usage=OpenAIEmbeddingUsage(
+            prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
+            total_tokens=sum(answer.usage.total_tokens for answer in answers),
+        ),
+    )
 
 
 async def _stream[T](

@@ -6,12 +6,14 @@ The registry is in Postgres; each process reads it once and then only sees its o
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from llama_stack.apis.models import ModelType
 from llama_stack.apis.resource import ResourceType
 from llama_stack.core.datatypes import (
     ModelWithOwner,
+    Provider,
     RegistryEntrySource,
     RoutableObjectWithProvider,
     StackRunConfig,
@@ -23,7 +25,7 @@ from llama_stack.providers.datatypes import Api
 from llama_stack.providers.remote.vector_io.pgvector.pgvector import PGVectorVectorIOAdapter
 from pydantic import TypeAdapter, ValidationError
 
-from app.stack.config import MODEL_SERVER, MODULE
+from app.stack.config import MODULE
 from app.stack.vector_io import VectorStores
 
 log = logging.getLogger(__name__)
@@ -97,47 +99,48 @@ async def _forget(provider: Any) -> None:
 
 
 async def publish_models(config: StackRunConfig, impls: dict[Api, Any]) -> None:
-    """Make `INFERENCE_MODEL` and `MODEL_ALIASES` the models of our model server; those that clients registered stay.
+    """Make the settings' models and `MODEL_ALIASES` those of our two servers; those that clients registered stay.
 
     llama_stack's own way, `list_models`, first deletes all of a provider's models from Postgres and then enters them
     again: a worker that reads the registry in between would miss them. This one writes only what differs.
     """
-    wanted = _wanted(config)
-    if wanted is None:
+    servers = [provider for provider in config.providers.get("inference", ()) if provider.module == MODULE]
+    if not servers:
         return
+    wanted = {model.identifier: model for server in servers for model in _models(server)}
     registry = impls[Api.models].dist_registry
-    existing = {entry.identifier: entry for entry in await registry.get_all() if _is_ours(entry)}
+    ids = {server.provider_id for server in servers}
+    existing = {entry.identifier: entry for entry in await registry.get_all() if _is_of(entry, ids)}
     for identifier, model in wanted.items():
         entry = existing.get(identifier)
         # A model that a principal registered becomes everyone's.
-        if entry is None or entry.owner is not None or entry.provider_resource_id != model:
-            await _register(registry, identifier, model)
+        if entry is None or entry.owner is not None or _differs(entry, model):
+            # `update` and not `register`: an entry of a provider that is no longer configured must give way.
+            await registry.update(model)
     for identifier, entry in existing.items():
         if identifier not in wanted and entry.source == RegistryEntrySource.listed_from_provider:
             await registry.delete(ResourceType.model.value, identifier)
 
 
-def _wanted(config: StackRunConfig) -> dict[str, str] | None:
-    """What the model server calls each model, by the id that clients see."""
-    for provider in config.providers.get("inference", ()):
-        if provider.module == MODULE and provider.provider_id == MODEL_SERVER:
-            return {model: model for model in provider.config["models"]} | provider.config["aliases"]
-    return None
-
-
-def _is_ours(entry: Any) -> bool:
-    return entry.type == ResourceType.model.value and entry.provider_id == MODEL_SERVER
-
-
-async def _register(registry: CachedDiskDistributionRegistry, identifier: str, model: str) -> None:
-    # `update` and not `register`: an entry of a provider that is no longer configured must give way.
-    await registry.update(
-        ModelWithOwner(
+def _models(server: Provider) -> Iterator[ModelWithOwner]:
+    """A server's models by the ids that clients see."""
+    dimension = server.config.get("embedding_dimension")
+    known = {model: model for model in server.config["models"]} | server.config["aliases"]
+    for identifier, model in known.items():
+        yield ModelWithOwner(
             identifier=identifier,
             provider_resource_id=model,
-            provider_id=MODEL_SERVER,
-            metadata={},
-            model_type=ModelType.llm,
+            provider_id=server.provider_id,
+            metadata={"embedding_dimension": dimension} if dimension else {},
+            model_type=ModelType.embedding if dimension else ModelType.llm,
             source=RegistryEntrySource.listed_from_provider,
         )
-    )
+
+
+def _differs(entry: ModelWithOwner, model: ModelWithOwner) -> bool:
+    told = ("provider_id", "provider_resource_id", "model_type", "metadata")
+    return any(getattr(entry, name) != getattr(model, name) for name in told)
+
+
+def _is_of(entry: Any, providers: set[str]) -> bool:
+    return entry.type == ResourceType.model.value and entry.provider_id in providers

@@ -3,15 +3,17 @@
 Differs from the original: every connection parameter holds (the original knows no TLS), nothing secret stands in its
 configuration, queries run in a thread and not on the event loop, a lost connection is opened again, a refresh forgets
 deleted stores, a worker does not take up the file batches of the web process, and who does goes on as the principal
-that made them, and a store has a table of its own whatever its id is.
+that made them, a search that fails is an error, and a store has a table of its own whatever its id is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import re
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from typing import Any
 
 from llama_stack.apis.common.errors import VectorStoreNotFoundError
@@ -32,6 +34,8 @@ from pydantic import BaseModel
 from app.identity import LOCAL_PRINCIPAL
 from app.stack import access
 from app.stack.postgres import Connection, KeyValueStore, create_table
+
+_search_errors: ContextVar[list[Exception] | None] = ContextVar("search_errors", default=None)
 
 _MADE_UP = re.compile(r"vs_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -109,6 +113,28 @@ class VectorStores(PGVectorVectorIOAdapter):
         # After a restart there is no request that it belongs to.
         with access.acting_as(batch_info.get("principal") or LOCAL_PRINCIPAL):
             await super()._process_file_batch_async(batch_id, batch_info, *given)
+
+    @functools.wraps(PGVectorVectorIOAdapter.openai_search_vector_store)  # llama_stack compares signatures
+    async def openai_search_vector_store(self, *args: Any, **kwargs: Any) -> Any:
+        # The original logs what the search raises, and answers that nothing was found.
+        errors: list[Exception] = []
+        outer = _search_errors.set(errors)
+        try:
+            page = await super().openai_search_vector_store(*args, **kwargs)
+        finally:
+            _search_errors.reset(outer)
+        if errors:
+            raise errors[0]
+        return page
+
+    @functools.wraps(PGVectorVectorIOAdapter.query_chunks)
+    async def query_chunks(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().query_chunks(*args, **kwargs)
+        except Exception as error:
+            if (errors := _search_errors.get()) is not None:
+                errors.append(error)
+            raise
 
     async def register_vector_store(self, vector_store: VectorStore) -> None:
         await self.kvstore.set(f"{VECTOR_DBS_PREFIX}{vector_store.identifier}", vector_store.model_dump_json())

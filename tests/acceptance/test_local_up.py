@@ -11,10 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from llama_stack_client import LlamaStackClient
 
 from app.local.server import free_port
 from tests.support import ROOT
@@ -90,6 +92,23 @@ def run_turn(url: str, agent_id: str) -> httpx.Response:
     return httpx.post(path, json=turn, timeout=30).raise_for_status()
 
 
+def assert_finds_by_meaning(url: str) -> None:
+    """A store that names no model, and a database as programs for Llama Stack name it, with the embedded MiniLM."""
+    with LlamaStackClient(base_url=url) as client:
+        databases = [client.vector_stores.create(name="s").id, "my-documents"]
+        body = {"vector_db_id": databases[1], "embedding_model": "all-MiniLM-L6-v2", "embedding_dimension": 384}
+        client.post("/v1/vector-dbs", body=body, cast_to=object)
+        texts = ["Camels can go without water for weeks.", "Shares fell by two percent.", "Bread is made of flour."]
+        for database in databases:
+            chunks: Any = [
+                {"content": text, "metadata": {"document_id": text}, "chunk_metadata": {"chunk_id": text}}
+                for text in texts
+            ]
+            client.vector_io.insert(vector_db_id=database, chunks=chunks)
+            found = client.vector_io.query(vector_db_id=database, query="Which animal is seldom thirsty?")
+            assert found.chunks[0].content == texts[0]
+
+
 def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) -> None:
     with ScriptedModel() as model:
         with up(open_path / "data", model.url) as first:
@@ -98,6 +117,7 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) ->
             turn = run_turn(first.url, agent_id)
             assert turn.json()["output_message"]["content"].strip() == "from the caravan"
             assert turn.headers["X-Caravan-Worker"]
+            assert_finds_by_meaning(first.url)
             assert first.interrupt() == 0
             assert first.left() == []
         sealing_key = open_path / "data" / "sealing-key"

@@ -46,6 +46,7 @@ class FakeModelServer:
         self.drop_next = 0
         self.may_embed = asyncio.Event()
         self.may_embed.set()
+        self.refuse = False
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,6 +67,8 @@ class FakeModelServer:
             return False
         if first.split()[1].endswith("/embeddings"):
             await self.may_embed.wait()
+            if self.refuse:
+                return self.whole(writer, {"error": {"message": "who are you"}}, "401 Unauthorized")
             return self.whole(writer, self.embeddings(body))
         if body["model"] == "refuses":
             return self.whole(writer, {"error": {"message": "too many of you", "code": 429}}, "429 Too Many Requests")
@@ -160,6 +163,7 @@ class administrator:
 
 
 MODELS = ["meta/Llama-3.2", "refuses", "breaks", "hangs"]
+EMBEDDING_MODELS = {"sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"}
 
 
 @pytest.fixture
@@ -229,7 +233,8 @@ def connections(database_url: str) -> int:
 async def test_clients_see_exactly_the_configured_model_ids(settings: Settings, server: FakeModelServer) -> None:
     async with web(settings) as (client, _):
         models = (await client.get("/v1/models")).json()["data"]
-        assert [model["identifier"] for model in models] == MODELS
+        assert [model["identifier"] for model in models if model["model_type"] == "llm"] == MODELS
+        assert {model["identifier"] for model in models if model["model_type"] == "embedding"} == EMBEDDING_MODELS
         assert server.requests == []  # nothing was asked of the model server in order to start
 
 
@@ -240,7 +245,7 @@ async def test_models_that_are_no_longer_configured_are_gone_but_registered_ones
         assert answer.json()["identifier"] == "embed"
     async with web(settings.model_copy(update={"inference_model": ["only"]})) as (client, _):
         models = (await client.get("/v1/models")).json()["data"]
-        assert {model["identifier"] for model in models} == {"embed", "only"}
+        assert {model["identifier"] for model in models} == {"embed", "only"} | EMBEDDING_MODELS
 
 
 async def test_what_is_ours_is_not_served(settings: Settings) -> None:
@@ -544,7 +549,7 @@ async def test_worker_goes_on_after_its_connections_were_cut(settings: Settings,
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
         await stack.refresh_registry()
-        assert {model.identifier for model in (await stack.models.list_models()).data} == set(MODELS)
+        assert {model.identifier for model in (await stack.models.list_models()).data} == {*MODELS, *EMBEDDING_MODELS}
 
 
 @pytest.mark.slow

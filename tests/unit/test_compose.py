@@ -15,7 +15,7 @@ from app.settings import Settings
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if service["image"] == "caravan"}
+OURS = {name: service for name, service in SERVICES.items() if service["image"].startswith("caravan")}
 
 # What other programs read: the pool's class by Celery, the login by Flower.
 OF_OTHERS = {"CELERY_CUSTOM_WORKER_POOL", "FLOWER_BASIC_AUTH"}
@@ -38,7 +38,7 @@ def _without_address(command: list[str]) -> list[str]:
     return kept
 
 
-@pytest.mark.parametrize("name", ["web", "worker", "flower"])
+@pytest.mark.parametrize("name", ["web", "worker", "embeddings", "flower"])
 def test_the_procfile_and_compose_start_the_same(name: str) -> None:
     """Command and environment are the same, save for where a server listens."""
     words = _procfile()[name]
@@ -99,7 +99,8 @@ def test_redis_evicts_nothing() -> None:
     assert "\nmaxmemory-policy noeviction\n" in SERVICES["redis"]["command"][-1]
 
 
-def test_the_image_runs_as_a_user_of_its_own() -> None:
-    lines = (ROOT / ".container" / "Dockerfile").read_text().splitlines()
-    final = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM ")) :]
-    assert "USER caravan" in final
+def test_the_images_run_as_a_user_of_their_own() -> None:
+    stages = (ROOT / ".container" / "Dockerfile").read_text().split("\nFROM ")
+    (embeddings,) = [stage for stage in stages if " AS embeddings\n" in stage]
+    assert "\nUSER caravan\n" in embeddings
+    assert "\nUSER caravan\n" in stages[-1]

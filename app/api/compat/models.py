@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Request, Response
 
 from app.api.compat.forward import Forwarded, stack_of
+from app.api.service import CurrentService
+from app.stack.config import MODEL_SERVER
 
 router = APIRouter(tags=["Models"])
 
@@ -34,14 +36,17 @@ async def get_model(model_id: Annotated[str, Path()], request: Request) -> Respo
 
 
 @router.post("/models")
-async def register_model(body: Annotated[JSON, Body()], request: Request) -> Response:
+async def register_model(body: Annotated[JSON, Body()], request: Request, service: CurrentService) -> Response:
     """Register a model: `{model_id, provider_model_id?, provider_id?, model_type?, metadata?}`."""
+    if not service.settings.llama_stack_config and body.get("provider_id") is None:
+        body = {**body, "provider_id": MODEL_SERVER}  # the embeddings server has its one model from the settings
     return Forwarded(stack_of(request), "POST", "/v1/models", body, answer=as_row)
 
 
 def as_list(listed: JSON) -> JSON:
-    """For all: `object` is openai's."""
-    return {"object": "list", "data": [as_row(model) for model in listed["data"]]}
+    """For all: `object` is openai's. Many programs take the first one to talk with, so that others come after these."""
+    models = sorted(listed["data"], key=lambda model: model["model_type"] != "llm")
+    return {"object": "list", "data": [as_row(model) for model in models]}
 
 
 def as_row(model: JSON) -> JSON:
