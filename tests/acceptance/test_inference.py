@@ -295,12 +295,13 @@ def test_model_server_that_is_down_is_502(http: httpx.Client, scripted_model: Sc
         (CHAT, asked("hi", stream="perhaps"), 400, "stream", None),
         ("/v1/completions", {"model": "scripted", "prompt": {}}, 400, "prompt", None),
         (CHAT, [], 400, None, None),
+        (CHAT, asked("hi") | {"model": "\ud83d"}, 404, "model", "model_not_found"),
     ],
 )
 def test_wrong_request_names_the_field(
     http: httpx.Client, path: str, body: Any, status: int, param: str | None, code: str | None
 ) -> None:
-    answer = http.post(path, json=body)
+    answer = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
     assert error["type"] == "invalid_request_error"
