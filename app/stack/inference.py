@@ -209,8 +209,9 @@ async def _objects(blocks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]
         if data == b"[DONE]":
             return
         event = parse_event(data)
-        choices = event.get("choices") or ()
-        finished = finished or any(choice.get("finish_reason") for choice in choices if isinstance(choice, dict))
+        choices = event.get("choices")
+        if isinstance(choices, list):
+            finished = finished or any(choice.get("finish_reason") for choice in choices if isinstance(choice, dict))
         yield event
     if not finished:
         raise ModelError(UNFINISHED)
@@ -245,7 +246,7 @@ async def _refused(response: aiohttp.ClientResponse) -> ModelError:
         response.close()
     try:
         body: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = text
     return server_error(body or f"HTTP {response.status} {response.reason}", response.status)
 

@@ -308,8 +308,9 @@ def test_wrong_request_names_the_field(
     assert answer.json()["detail"] == error["message"]
 
 
-def test_provider_data_that_is_no_object_is_refused(http: httpx.Client) -> None:
-    answer = http.post(CHAT, json=asked("hi"), headers={"X-LlamaStack-Provider-Data": "[1]"})
+@pytest.mark.parametrize("data", ["[1]", "{", "[" * 5000])
+def test_provider_data_that_is_no_object_is_refused(http: httpx.Client, data: str) -> None:
+    answer = http.post(CHAT, json=asked("hi"), headers={"X-LlamaStack-Provider-Data": data})
     assert (answer.status_code, "Provider-Data" in answer.json()["detail"]) == (400, True)
 
 
