@@ -33,7 +33,9 @@ _IMAGE_TYPES = {"/9j/": "jpeg", "R0lG": "gif", "UklG": "webp"}
 
 def _calls_with_strings(message: Any) -> Any:
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    return {**message, "tool_calls": [tool_calls.with_string(call) for call in calls]} if calls else message
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [tool_calls.with_string(call) for call in calls]}
 
 
 OldMessage = Annotated[Message, BeforeValidator(_calls_with_strings)]

@@ -70,8 +70,8 @@ _OTHER = {
 
 
 def renamed(body: JSON, *, to: str) -> JSON:
-    """From all: a body with the id under the name `to`, which goes first if both names are there."""
-    given = body.get(to, body.get(_OTHER[to]))
+    """From all: a body with the id under the name `to`, which goes first if neither name is null."""
+    given = next((body[name] for name in (to, _OTHER[to]) if body.get(name) is not None), None)
     rest = {name: value for name, value in body.items() if name not in (to, _OTHER[to])}
     return rest if given is None else {**rest, to: given}
 
@@ -87,6 +87,8 @@ def _described(chunk: Any) -> Any:
         return chunk
     metadata = chunk.get("metadata")
     document_id = metadata.get("document_id") if isinstance(metadata, dict) else None
+    if isinstance(document_id, int):
+        document_id = str(document_id)  # 0.1 and 0.2 took a number
     return {**chunk, "chunk_metadata": {"chunk_id": chunk.get("chunk_id"), "document_id": document_id}}
 
 

@@ -104,7 +104,14 @@ def test_formats_and_log_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"messages": []}, {"messages": [{"role": "bogus"}]}, {"messages": ["x"]}, {"model_id": None}]
+    "wrong",
+    [
+        {"messages": []},
+        {"messages": [{"role": "bogus"}]},
+        {"messages": ["x"]},
+        {"model_id": None},
+        {"messages": [{"role": "assistant", "content": "", "stop_reason": "end_of_turn", "tool_calls": 5}]},
+    ],
 )
 def test_a_wrong_body_is_refused(wrong: dict[str, Any]) -> None:
     """By the field."""
