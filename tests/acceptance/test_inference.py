@@ -199,6 +199,7 @@ def test_stream_is_ascii_with_lf_and_ends_with_done(http: httpx.Client) -> None:
         {"User-Agent": "LlamaStackClient/JS 0.2.23"},
         {"User-Agent": "AsyncLlamaStackClient/Python 0.2.12"},
         {"User-Agent": "own/1", "X-LlamaStack-Client-Version": "0.3.5"},
+        {"User-Agent": "t/JS 0.2.23", "X-Stainless-Lang": "js", "X-Stainless-Package-Version": "0.2.23"},
     ],
 )
 def test_llama_stack_clients_get_no_done(http: httpx.Client, headers: dict[str, str]) -> None:
