@@ -33,7 +33,7 @@ class ModelError(Exception):
     """The model server answered with an error, or not at all. `str()` is the server's own message where it gave one,
     half of a surrogate pair in it as its escape: it could neither be stored nor sent.
 
-    `status_code` is the server's, or 502 (unreachable, broke off, or none of HTTP's), or 504 (silent for too long).
+    `status_code` is the server's, or 502 (unreachable, broke off, or no error of HTTP's), or 504 (silent for too long).
     llama_stack's HTTP routes answer with it. `retryable`: whether the same request may succeed later. `details`: the
     server's own error object, if it sent one.
     """
@@ -42,7 +42,7 @@ class ModelError(Exception):
         self, message: str, status_code: int = BAD_GATEWAY, details: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
         super().__init__(message.encode(errors="backslashreplace").decode())
-        self.status_code = status_code if status_code < 600 else BAD_GATEWAY
+        self.status_code = status_code if 400 <= status_code < 600 else BAD_GATEWAY
         self.details = details
 
     @property

@@ -146,7 +146,7 @@ class ModelServer:
             response = await self._post(self._config.url + path, body)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _broken(error) from error
-        if response.ok:
+        if response.status < 300:
             return response
         raise await _refused(response)
 

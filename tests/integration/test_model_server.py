@@ -55,6 +55,7 @@ async def relayed(adapter: ModelServer, *, streams: bool) -> list[Any]:
     ("head", "body", "message", "status"),
     [
         ("400 No", DEEP, "\\[", 400),
+        ("302 Elsewhere", "{}", "302 Elsewhere", 502),
         ("700 Odd", '{"error": {"message": "odd"}}', "odd", 502),
         ("400 No", '{"error": {"message": "so far \\ud83d"}}', r"so far \\ud83d", 400),
         (JSON, '{"error":{"message":"a gateway","code":404}}', "a gateway", 404),

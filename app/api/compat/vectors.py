@@ -85,10 +85,12 @@ def described(body: JSON) -> JSON:
 def _described(chunk: Any) -> Any:
     if not isinstance(chunk, dict) or chunk.get("chunk_metadata") is not None:
         return chunk
-    metadata = chunk.get("metadata")
-    document_id = metadata.get("document_id") if isinstance(metadata, dict) else None
-    if isinstance(document_id, int):
-        document_id = str(document_id)  # 0.1 and 0.2 took a number
+    given = chunk.get("metadata")
+    metadata: JSON = given if isinstance(given, dict) else {}
+    document_id = metadata.get("document_id")
+    if isinstance(document_id, int):  # as 0.1 and 0.2 took it
+        document_id = str(document_id)
+        chunk = {**chunk, "metadata": {**metadata, "document_id": document_id}}
     return {**chunk, "chunk_metadata": {"chunk_id": chunk.get("chunk_id"), "document_id": document_id}}
 
 

@@ -79,7 +79,7 @@ def test_chunks_get_metadata_that_search_can_read() -> None:
     assert described[1]["chunk_metadata"] == {"chunk_id": "c", "document_id": "d"}
     assert described[2] == "no chunk"
     number = vectors.described({"chunks": [{"metadata": {"document_id": 3}}]})["chunks"][0]
-    assert number["chunk_metadata"]["document_id"] == "3"
+    assert number["chunk_metadata"]["document_id"] == number["metadata"]["document_id"] == "3"
     for wrong in ({}, {"chunks": 3}, {"chunks": [{"metadata": 3}]}):
         vectors.described(wrong)
 
