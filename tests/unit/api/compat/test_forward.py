@@ -115,3 +115,13 @@ async def test_an_older_path_is_another_name_of_the_same_route(client: httpx.Asy
     """Routing sees the current one."""
     answer = await client.post("/v1/openai/v1/inner", json={"a": 1})
     assert answer.json()["body"] == {"a": 1}
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+async def test_an_older_path_behind_a_proxys_prefix(prefix: str) -> None:
+    """`uvicorn --root-path`: every path has it in front, or none, as the proxy does it."""
+    transport = httpx.ASGITransport(app, root_path="/behind")
+    headers = {"authorization": "Bearer k"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://caravan", headers=headers) as plain:
+        answer = await plain.post(f"{prefix}/v1/openai/v1/inner", json={"a": 1})
+    assert answer.json()["body"] == {"a": 1}
