@@ -27,6 +27,7 @@ from app.domain.errors import (
     TurnFailure,
     Unavailable,
 )
+from app.domain.events import ascii_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,13 @@ def install(app: FastAPI, request_max_bytes: int) -> None:
     app.add_exception_handler(Exception, _failed)
 
 
+class ErrorResponse(JSONResponse):
+    """In ASCII: a message may quote what was sent, half of a surrogate pair too, which UTF-8 cannot say."""
+
+    def render(self, content: Any) -> bytes:
+        return ascii_json(content).encode()
+
+
 class NamedBodyLimit:
     """Middleware: the 413 that FastAPI answers in plain text becomes one of ours, which names the setting."""
 
@@ -118,7 +126,7 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
     if status >= 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
     param, code = getattr(error, "param", None), getattr(error, "code", None)
-    return JSONResponse(error_body(request.url.path, status, str(error), param=param, code=code), status, headers)
+    return ErrorResponse(error_body(request.url.path, status, str(error), param=param, code=code), status, headers)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -126,7 +134,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     problems = error.errors()
     if any(each["loc"] == ("body",) for each in problems) and not _is_json(request.headers.get("content-type", "")):
         problems = [{"loc": ("header", "content-type"), "msg": "Must be application/json", "type": "content_type"}]
-    return JSONResponse(invalid_body(request.url.path, problems, error.body), 400)
+    return ErrorResponse(invalid_body(request.url.path, problems, error.body), 400)
 
 
 def _is_json(content_type: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from llama_stack.apis.inference import (
 from pydantic import ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
+from app.api.compat.version import is_llama_stack
 from app.api.documentation import event_stream, refusals
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import EventStream
@@ -31,7 +31,6 @@ router = APIRouter(tags=["Inference"])
 
 DONE = b"data: [DONE]\n\n"
 CLIENT_LEFT = 499  # nginx's; nobody reads it
-_LLAMA_STACK_CLIENT = re.compile(r"(Async)?LlamaStackClient/")
 
 Objects = list[dict[str, Any]]
 
@@ -144,9 +143,8 @@ class CompletionStream(EventStream):
 
     def __init__(self, answer: asyncio.Task[JSON | Begun], request: Request, service: Service) -> None:
         self._answer = answer
-        is_llama = _LLAMA_STACK_CLIENT.match(request.headers.get("user-agent", ""))
         super().__init__(
-            _events(answer, b"" if is_llama or "x-llamastack-client-version" in request.headers else DONE),
+            _events(answer, b"" if is_llama_stack(request.headers) else DONE),
             ping_seconds=service.settings.ping_seconds,
             send_timeout_seconds=service.settings.stream_send_timeout_seconds,
         )

@@ -215,7 +215,7 @@ def _check(body: CreateResponse) -> None:
     wanted = body.text.format if body.text else None
     if wanted and wanted.type == "json_schema" and (not wanted.name or wanted.schema_ is None):
         raise InvalidRequest("text.format: json_schema needs name and schema", "text.format")
-    items.check_json(plain(body), "body")
+    plain(body)
     _check_choice(body.tool_choice)
 
 

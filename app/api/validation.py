@@ -10,6 +10,7 @@ from openai.types.responses import ResponseIncludable
 from pydantic import BaseModel
 
 from app.domain.errors import InvalidRequest
+from app.domain.items import check_json
 
 
 def check_agent_config(config: AgentConfig) -> None:
@@ -26,11 +27,17 @@ def check_agent_config(config: AgentConfig) -> None:
 
 
 def plain(body: BaseModel, *, exclude: set[str] | None = None) -> dict[str, Any]:
-    """What is stored of a body, as JSON values. Raises InvalidRequest: pydantic reads deeper nesting than it writes."""
+    """What is stored of a body, as JSON values.
+
+    Raises InvalidRequest: pydantic reads deeper nesting than it writes, and Python reads what is no JSON. What holds
+    such would be stored, and never again be sent: neither it nor a list that it is in.
+    """
     try:
-        return body.model_dump(mode="json", exclude=exclude)
+        value = body.model_dump(mode="json", exclude=exclude)
     except (ValueError, RecursionError):
         raise InvalidRequest("The body cannot be stored as JSON: it is nested too deeply") from None
+    check_json(value, "body")
+    return value
 
 
 def check_text(field: str, text: str) -> None:

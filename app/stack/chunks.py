@@ -30,18 +30,19 @@ UNFINISHED = "The model server closed the stream before the completion was finis
 
 
 class ModelError(Exception):
-    """The model server answered with an error, or not at all. `str()` is the server's own message where it gave one.
+    """The model server answered with an error, or not at all. `str()` is the server's own message where it gave one,
+    half of a surrogate pair in it as its escape: it could neither be stored nor sent.
 
-    `status_code` is the server's, or 502 (unreachable, or broke off), or 504 (silent for too long). llama_stack's HTTP
-    routes answer with it. `retryable`: whether the same request may succeed later. `details`: the server's own error
-    object, if it sent one.
+    `status_code` is the server's, or 502 (unreachable, broke off, or no error of HTTP's), or 504 (silent for too long).
+    llama_stack's HTTP routes answer with it. `retryable`: whether the same request may succeed later. `details`: the
+    server's own error object, if it sent one.
     """
 
     def __init__(
         self, message: str, status_code: int = BAD_GATEWAY, details: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        super().__init__(message)
-        self.status_code = status_code
+        super().__init__(message.encode(errors="backslashreplace").decode())
+        self.status_code = status_code if 400 <= status_code < 600 else BAD_GATEWAY
         self.details = details
 
     @property
@@ -167,6 +168,9 @@ async def read_events(blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def _data_of(line: bytes) -> bytes:
     if line.startswith(b"data:"):
         return line[5:].strip()
+    # Gateways that answer with 200 before they know: a bare error where a stream was asked for.
+    if line.startswith(b'{"error"'):
+        return line.strip()
     # Older llama.cpp servers; anything else is a comment, a keep-alive, or a field that carries nothing here.
     return b'{"error":%b}' % line[6:].strip() if line.startswith(b"error:") else b""
 
@@ -186,8 +190,8 @@ def parse_event(data: bytes) -> dict[str, Any]:
     """An answer's or event's object, whatever it is. Raises ModelError: it is an error, or no JSON object."""
     try:
         event = json.loads(data)
-    except ValueError as error:
-        raise ModelError("The model server sent what is no JSON.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError("The model server sent what is no JSON, or is nested too deeply.") from error
     if not isinstance(event, dict):
         raise ModelError("The model server sent what is no JSON object.")
     if event.get("error") is not None or event.get("object") == "error":

@@ -8,6 +8,7 @@ its types would drop is refused. Both go by llama_stack's registry and policy: w
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ from app.stack.chunks import ModelError
 from app.stack.inference import ModelServer
 from app.stack.library import Impls, close_stream
 
+log = logging.getLogger(__name__)
+
 JSON = dict[str, Any]
+INTERNAL_ERROR = 500
 PROVIDER_DATA = "X-LlamaStack-Provider-Data"
 
 
@@ -99,7 +103,7 @@ async def ask(
 def _provider_data(header: str | None) -> JSON | None:
     try:
         data = json.loads(header) if header else None
-    except ValueError:
+    except (ValueError, RecursionError):
         data = header
     if data is not None and not isinstance(data, dict):
         raise InvalidRequest(f"The header {PROVIDER_DATA} must be a JSON object")
@@ -183,6 +187,8 @@ def completion_error(error: Exception, body: JSON) -> CaravanError:
         located = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         return InvalidRequest(*first_problem(located, body))
     translated = server.translate_exception(error)
+    if translated.status_code == INTERNAL_ERROR:
+        log.error("A completion failed for a reason that its client is not told", exc_info=error)
     return CompletionError(str(translated.detail), translated.status_code)
 
 

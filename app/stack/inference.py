@@ -183,7 +183,7 @@ class ModelServer:
             response = await self._post(self._config.url + path, body)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _broken(error) from error
-        if response.ok:
+        if response.status < 300:
             return response
         raise await _refused(response)
 
@@ -258,8 +258,9 @@ async def _objects(blocks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]
         if data == b"[DONE]":
             return
         event = parse_event(data)
-        choices = event.get("choices") or ()
-        finished = finished or any(choice.get("finish_reason") for choice in choices if isinstance(choice, dict))
+        choices = event.get("choices")
+        if isinstance(choices, list):
+            finished = finished or any(choice.get("finish_reason") for choice in choices if isinstance(choice, dict))
         yield event
     if not finished:
         raise ModelError(UNFINISHED)
@@ -294,7 +295,7 @@ async def _refused(response: aiohttp.ClientResponse) -> ModelError:
         response.close()
     try:
         body: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = text
     return server_error(body or f"HTTP {response.status} {response.reason}", response.status)
 

@@ -209,7 +209,7 @@ class RegistryChanges:
         self.on_change = on_change
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not changes_registry(scope["method"], scope["path"]):
+        if scope["type"] != "http" or not changes_registry(scope["method"], _path(scope)):
             await self.app(scope, receive, send)
             return
 
@@ -227,6 +227,12 @@ class RegistryChanges:
                 await told
         except Exception:
             log.exception("Workers could not be told of a change of the registry")
+
+
+def _path(scope: Scope) -> str:
+    """Without the prefix of a proxy, if the server was told of one."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def changes_registry(method: str, path: str) -> bool:

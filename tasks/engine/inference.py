@@ -41,14 +41,15 @@ class Inference:
     publish: Publish
     taken_call_ids: set[str]
     content: str = ""
-    calls: dict[int, _CallBuffer] = field(default_factory=dict)
+    calls: list[_CallBuffer] = field(default_factory=list)
+    by_index: dict[int, _CallBuffer] = field(default_factory=dict)
     stop_reason: StopReason | None = None
 
     async def run(self, stream: AsyncIterator[Any]) -> CompletionMessage:
         async for chunk in stream:
             if chunk.choices:
                 self._take(chunk.choices[0])
-        tool_calls = [self._finish(buffer) for buffer in self.calls.values() if buffer.name]
+        tool_calls = [self._finish(buffer) for buffer in self.calls if buffer.name]
         return CompletionMessage(
             content="" if tool_calls else self.content,
             stop_reason=self.stop_reason or StopReason.end_of_turn,
@@ -65,7 +66,7 @@ class Inference:
             self._take_call(piece)
 
     def _take_call(self, piece: Any) -> None:
-        buffer = self.calls.setdefault(piece.index or 0, _CallBuffer(piece.id or ""))
+        buffer = self._buffer_of(piece)
         function = piece.function
         if function is None:
             return
@@ -78,6 +79,16 @@ class Inference:
             shown = function.arguments
         if shown:
             self.publish(self.progress.tool_call(shown, "in_progress"))
+
+    def _buffer_of(self, piece: Any) -> _CallBuffer:
+        """The call of its index, or the next one: some servers give all calls the same index, or none."""
+        index = piece.index or 0
+        buffer = self.by_index.get(index)
+        named = piece.function is not None and piece.function.name
+        if buffer is None or (named and piece.id and piece.id != buffer.call_id):
+            buffer = self.by_index[index] = _CallBuffer(piece.id or "")
+            self.calls.append(buffer)
+        return buffer
 
     def _finish(self, buffer: _CallBuffer) -> ToolCall:
         self.publish(self.progress.tool_call(")", "in_progress"))

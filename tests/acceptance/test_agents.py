@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
@@ -148,6 +149,28 @@ def test_a_body_that_is_nested_too_deeply_is_400(http: httpx.Client, make_agent:
     for path, body in refused.items():
         answer = http.post(path, json=body)
         assert (answer.status_code, "nested too deeply" in answer.text) == (400, True), path
+
+
+def test_half_of_a_surrogate_pair_is_400(http: httpx.Client, make_agent: AgentMaker) -> None:
+    """A text cut amid an emoji is sent so by JavaScript; stored, no list with it could ever be read again."""
+    agent = make_agent(client_tools=[{"name": "add", "description": "Adds.", "parameters": []}])
+    half, message = "so far \ud83d", {"role": "user", "content": "CALL add {} | SAY done"}
+    turn = http.post(f"{agent.path}/turn", json={"messages": [message]}).json()
+    response = {"call_id": turn["output_message"]["tool_calls"][0]["call_id"], "tool_name": "add", "content": half}
+    config = {"model": "scripted", "instructions": ""}
+    refused: list[tuple[str, Any]] = [
+        ("/v1/agents", {"agent_config": config | {"instructions": half}}),
+        ("/v1/agents", {"agent_config": config | {"client_tools": [{"name": half}, {"name": half}]}}),
+        ("/v1/agents", {"agent_config": config | {"sampling_params": {"repetition_penalty": float("inf")}}}),
+        (f"{agent.path}/turn", {"messages": [{"role": "user", "content": half}]}),
+        (f"{agent.path}/turn", {"messages": [message], "documents": [{"content": half, "mime_type": "text/plain"}]}),
+        (f"{agent.path}/turn/{turn['turn_id']}/resume", {"tool_responses": [response]}),
+    ]
+    for path, body in refused:
+        answer = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert answer.status_code == 400, (path, answer.text)
+    assert http.get("/v1/agents").status_code == 200
+    assert http.get(agent.path).status_code == 200
 
 
 def test_a_body_over_the_limit_is_413(http: httpx.Client, make_agent: AgentMaker) -> None:

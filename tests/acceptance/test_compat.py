@@ -313,7 +313,7 @@ def test_a_vector_database_has_the_id_that_its_client_chose(old: Sdk, new: Sdk, 
     for name in ("vector_db_id", "vector_store_id"):
         body = {name: "Dunes-1", "documents": [document], "chunk_size_in_tokens": 50}
         old.ok("POST", "/v1/tool-runtime/rag-tool/insert", json=body)
-        chunk = {"content": "An oasis has water", "chunk_id": name, "metadata": {"document_id": name}}
+        chunk = {"content": "An oasis has water", "chunk_id": name, "metadata": {"document_id": 7}}
         old.ok("POST", "/v1/vector-io/insert", json={name: "Dunes-1", "chunks": [chunk]})
         found = old.ok("POST", "/v1/vector-io/query", json={name: "Dunes-1", "query": "oasis water"})
         assert found["chunks"][0]["content"] == "An oasis has water"

@@ -199,6 +199,7 @@ def test_stream_is_ascii_with_lf_and_ends_with_done(http: httpx.Client) -> None:
         {"User-Agent": "LlamaStackClient/JS 0.2.23"},
         {"User-Agent": "AsyncLlamaStackClient/Python 0.2.12"},
         {"User-Agent": "own/1", "X-LlamaStack-Client-Version": "0.3.5"},
+        {"User-Agent": "t/JS 0.2.23", "X-Stainless-Lang": "js", "X-Stainless-Package-Version": "0.2.23"},
     ],
 )
 def test_llama_stack_clients_get_no_done(http: httpx.Client, headers: dict[str, str]) -> None:
@@ -295,20 +296,22 @@ def test_model_server_that_is_down_is_502(http: httpx.Client, scripted_model: Sc
         (CHAT, asked("hi", stream="perhaps"), 400, "stream", None),
         ("/v1/completions", {"model": "scripted", "prompt": {}}, 400, "prompt", None),
         (CHAT, [], 400, None, None),
+        (CHAT, asked("hi") | {"model": "\ud83d"}, 404, "model", "model_not_found"),
     ],
 )
 def test_wrong_request_names_the_field(
     http: httpx.Client, path: str, body: Any, status: int, param: str | None, code: str | None
 ) -> None:
-    answer = http.post(path, json=body)
+    answer = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
     assert error["type"] == "invalid_request_error"
     assert answer.json()["detail"] == error["message"]
 
 
-def test_provider_data_that_is_no_object_is_refused(http: httpx.Client) -> None:
-    answer = http.post(CHAT, json=asked("hi"), headers={"X-LlamaStack-Provider-Data": "[1]"})
+@pytest.mark.parametrize("data", ["[1]", "{", "[" * 5000])
+def test_provider_data_that_is_no_object_is_refused(http: httpx.Client, data: str) -> None:
+    answer = http.post(CHAT, json=asked("hi"), headers={"X-LlamaStack-Provider-Data": data})
     assert (answer.status_code, "Provider-Data" in answer.json()["detail"]) == (400, True)
 
 

@@ -88,7 +88,10 @@ class Forwarded(Response):
             "headers": headers.raw,
             "path_params": {},
         }
-        await self._app(inner, self._receive(receive), _Translating(send, self._answer, self._chunks))
+        translating = _Translating(send, self._answer, self._chunks)
+        await self._app(inner, self._receive(receive), translating)
+        # Only now, outside the other route: what the translation raises is this route's error, and has a status.
+        await translating.send_whole()
 
     def _receive(self, receive: Receive) -> Receive:
         """The translated body, then whatever the client does: leave."""
@@ -110,7 +113,7 @@ class _Translating:
         self._answer = answer
         self._chunks = chunks
         self._take: Send = send
-        self._start: Message = {}
+        self._start: Message | None = None
         self._rest = b""
 
     async def __call__(self, message: Message) -> None:
@@ -123,17 +126,20 @@ class _Translating:
         kind = Headers(raw=start["headers"]).get("content-type", "")
         good = 200 <= start["status"] < 300
         if good and self._answer and kind.startswith("application/json"):
-            self._start, self._take = start, self._whole
+            self._start, self._take = start, self._collect
             return
         if good and self._chunks and kind.startswith("text/event-stream"):
             self._take = self._streamed
         await self._send(start)
 
-    async def _whole(self, message: Message) -> None:
-        assert self._answer is not None
+    async def _collect(self, message: Message) -> None:
         self._rest += message.get("body", b"")
-        if message.get("more_body"):
+
+    async def send_whole(self) -> None:
+        """The translated answer, if it was one to translate as a whole."""
+        if self._start is None:
             return
+        assert self._answer is not None
         body = ascii_json(self._answer(json.loads(self._rest))).encode()
         headers = MutableHeaders(raw=self._start["headers"])
         headers["content-length"] = str(len(body))

@@ -11,16 +11,19 @@ from pydantic import BaseModel, Field
 
 from app.api.compat.forward import Chunks, Forwarded, routes_of
 from app.api.compat.openai import (
+    BAD_GATEWAY,
     ChatChunks,
     ChatCompletion,
     Inference,
     chat_answer,
     chat_request,
+    choices,
     common_request,
+    first_choice,
     stop_reason,
     text,
 )
-from app.domain.errors import InvalidRequest
+from app.domain.errors import CompletionError, InvalidRequest
 
 router = APIRouter(tags=["Inference of 0.1 and 0.2"])
 
@@ -70,14 +73,17 @@ async def embeddings(body: Embeddings, request: Request) -> Response:
 
 
 def completion_answer(completion: JSON) -> JSON:
-    """`CompletionResponse` of a completion."""
-    choice = completion["choices"][0]
-    return {"content": choice["text"], "stop_reason": stop_reason(choice), "logprobs": None}
+    """`CompletionResponse` of a completion. Raises CompletionError: it has no choice."""
+    choice = first_choice(completion)
+    return {"content": choice.get("text") or "", "stop_reason": stop_reason(choice), "logprobs": None}
 
 
 def embeddings_answer(answer: JSON) -> JSON:
-    """`EmbeddingsResponse`."""
-    return {"embeddings": [row["embedding"] for row in answer["data"]]}
+    """`EmbeddingsResponse`. Raises CompletionError: there are none."""
+    try:
+        return {"embeddings": [row["embedding"] for row in answer["data"]]}
+    except (KeyError, TypeError):
+        raise CompletionError("The model server sent no embeddings.", BAD_GATEWAY) from None
 
 
 class CompletionChunks(Chunks):
@@ -91,7 +97,7 @@ class CompletionChunks(Chunks):
         if "error" in chunk:
             self._failed = True
             yield chunk
-        for choice in (chunk.get("choices") or ())[:1]:
+        for choice in choices(chunk):
             if choice.get("finish_reason"):
                 self._finish = choice
             if choice.get("text"):

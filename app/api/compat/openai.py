@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -22,9 +23,10 @@ from pydantic import BaseModel, BeforeValidator, Field
 from app.api.compat import parameters, tool_calls
 from app.api.compat.forward import Chunks
 from app.api.compat.parameters import Parameter
-from app.domain.errors import InvalidRequest
+from app.domain.errors import CompletionError, InvalidRequest
 
 JSON = dict[str, Any]
+BAD_GATEWAY = 502
 
 _STOP_REASONS = {"stop": "end_of_turn", "length": "out_of_tokens", "tool_calls": "end_of_message"}
 # The first characters of an image in base64, by which its type is told: old clients send none.
@@ -33,7 +35,9 @@ _IMAGE_TYPES = {"/9j/": "jpeg", "R0lG": "gif", "UklG": "webp"}
 
 def _calls_with_strings(message: Any) -> Any:
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    return {**message, "tool_calls": [tool_calls.with_string(call) for call in calls]} if calls else message
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [tool_calls.with_string(call) for call in calls]}
 
 
 OldMessage = Annotated[Message, BeforeValidator(_calls_with_strings)]
@@ -191,9 +195,12 @@ def _response_format(given: ResponseFormat | None) -> JSON | None:
 
 
 def chat_answer(completion: JSON) -> JSON:
-    """`ChatCompletionResponse` of a chat completion; calls have arguments as before 0.3."""
-    choice = completion["choices"][0]
-    message = choice["message"]
+    """`ChatCompletionResponse` of a chat completion; calls have arguments as before 0.3.
+
+    Raises CompletionError: it has no choice.
+    """
+    choice = first_choice(completion)
+    message = choice.get("message") or {}
     return {
         "completion_message": {
             "role": "assistant",
@@ -203,6 +210,19 @@ def chat_answer(completion: JSON) -> JSON:
         },
         "logprobs": log_probs(choice),
     }
+
+
+def first_choice(completion: JSON) -> JSON:
+    """Raises CompletionError: the model server sent none."""
+    for choice in choices(completion):
+        return choice
+    raise CompletionError("The model server sent a completion without a choice.", BAD_GATEWAY)
+
+
+def choices(answer: JSON) -> list[JSON]:
+    """The first choice of a completion or a chunk; none, if there is none."""
+    given = answer.get("choices")
+    return [choice for choice in given[:1] if isinstance(choice, dict)] if isinstance(given, list) else []
 
 
 def stop_reason(choice: JSON) -> str:
@@ -221,9 +241,14 @@ def log_probs(choice: JSON) -> list[JSON] | None:
 
 
 def _old_call(call: JSON) -> JSON:
-    function = call["function"]
-    arguments = function.get("arguments") or "{}"
-    return tool_calls.with_object({"call_id": call["id"], "tool_name": function["name"], "arguments": arguments})
+    function = call.get("function") or {}
+    named = {"call_id": call.get("id") or "", "tool_name": function.get("name") or ""}
+    return tool_calls.with_object({**named, "arguments": _as_text(function.get("arguments")) or "{}"})
+
+
+def _as_text(arguments: Any) -> str:
+    """Some servers send them as an object, against OpenAI's own."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments) if arguments else ""
 
 
 class ChatChunks(Chunks):
@@ -233,7 +258,8 @@ class ChatChunks(Chunks):
         self._started = False
         self._failed = False
         self._finish: JSON = {}
-        self._calls: dict[int, JSON] = {}
+        self._calls: list[JSON] = []
+        self._by_index: dict[int, JSON] = {}
 
     def of(self, chunk: JSON) -> Iterator[JSON]:
         if "error" in chunk:
@@ -243,7 +269,7 @@ class ChatChunks(Chunks):
         if not self._started:
             self._started = True
             yield _chat_event("start", {"type": "text", "text": ""})
-        for choice in (chunk.get("choices") or ())[:1]:
+        for choice in choices(chunk):
             yield from self._of_choice(choice)
 
     def _of_choice(self, choice: JSON) -> Iterator[JSON]:
@@ -256,18 +282,26 @@ class ChatChunks(Chunks):
 
     def _collect(self, pieces: Sequence[JSON]) -> None:
         for piece in pieces:
-            call = self._calls.setdefault(
-                piece.get("index") or 0, {"id": "", "function": {"name": "", "arguments": ""}}
-            )
-            call["id"] = call["id"] or piece.get("id") or ""
             function = piece.get("function") or {}
-            for field in ("name", "arguments"):
-                call["function"][field] += function.get(field) or ""
+            call = self._call_of(piece, function)
+            call["id"] = call["id"] or piece.get("id") or ""
+            collected = call["function"]
+            collected["name"] = collected["name"] or function.get("name") or ""
+            collected["arguments"] += _as_text(function.get("arguments"))
+
+    def _call_of(self, piece: JSON, function: JSON) -> JSON:
+        """The call of its index, or the next one: some servers give all calls the same index, or none."""
+        index, call_id = piece.get("index") or 0, piece.get("id")
+        call = self._by_index.get(index)
+        if call is None or (function.get("name") and call_id and call_id != call["id"]):
+            call = self._by_index[index] = {"id": "", "function": {"name": "", "arguments": ""}}
+            self._calls.append(call)
+        return call
 
     def end(self) -> Iterator[JSON]:
         if self._failed:
             return
-        for call in self._calls.values():
+        for call in self._calls:
             delta = {"type": "tool_call", "tool_call": _old_call(call), "parse_status": "succeeded"}
             yield _chat_event("progress", delta)
         yield _chat_event("complete", {"type": "text", "text": ""}, stop_reason=stop_reason(self._finish))

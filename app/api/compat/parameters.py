@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-# What `client_tool` of 0.1 and 0.2 writes is the name of the Python type.
+# What `client_tool` of 0.1 and 0.2 writes is the name of the Python type; `typing`'s begin with a capital.
 _PYTHON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array"}
-_PYTHON_TYPES |= {"dict": "object", "NoneType": "null"}
+_PYTHON_TYPES |= {"dict": "object", "NoneType": "null", "List": "array", "Dict": "object", "tuple": "array"}
 _SCHEMA_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
 
 
@@ -36,13 +36,14 @@ def to_schema(parameters: Iterable[Parameter]) -> dict[str, Any]:
 
 
 def _property(parameter: Parameter) -> dict[str, Any]:
-    """A type that JSON Schema does not know (`Optional`, say) is left out: model servers refuse it."""
+    """A type that JSON Schema does not know (`Optional`, say) is left out: model servers refuse it. So does OpenAI's
+    an array that says nothing of its items."""
     kind = _PYTHON_TYPES.get(parameter.parameter_type, parameter.parameter_type)
     fields = {
         "type": kind if kind in _SCHEMA_TYPES else None,
         "description": parameter.description or None,
         "default": parameter.default,
-        "items": parameter.items,
+        "items": parameter.items or ({} if kind == "array" else None),
         "title": parameter.title,
     }
     return {name: value for name, value in fields.items() if value is not None}

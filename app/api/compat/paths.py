@@ -25,6 +25,9 @@ class CurrentPaths:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (path := current_path(scope["path"])) != scope["path"]:
-            scope = {**scope, "path": path, "raw_path": quote(path).encode()}
+        if scope["type"] == "http":
+            prefix = scope.get("root_path", "")  # of a proxy, if the server was told of one
+            path = prefix + current_path(scope["path"].removeprefix(prefix))
+            if path != scope["path"]:
+                scope = {**scope, "path": path, "raw_path": quote(path).encode()}
         await self.app(scope, receive, send)

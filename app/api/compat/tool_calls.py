@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pydantic_core import from_json
+
 from app.domain.events import Event, EventKind, ascii_json
 
 JSON = dict[str, Any]
@@ -20,7 +22,8 @@ def with_object(call: JSON) -> JSON:
     """For clients before 0.3: a ToolCall with its arguments as an object, and `arguments_json`.
 
     Arguments that are no JSON object, which models do produce, stay a string: old clients accept that too, and tell
-    the model that the call has failed.
+    the model that the call has failed. So do those that would make an answer that cannot be sent or read: with numbers
+    that JSON has not, half a surrogate pair, or nested more than 200 deep.
     """
     text = call["arguments"]
     return {**call, "arguments": _parsed(text), "arguments_json": text}
@@ -28,7 +31,8 @@ def with_object(call: JSON) -> JSON:
 
 def _parsed(text: str) -> JSON | str:
     try:
-        arguments = json.loads(text)
+        arguments = from_json(text)
+        json.dumps(arguments, allow_nan=False)
     except ValueError:
         return text
     return arguments if isinstance(arguments, dict) else text

@@ -70,8 +70,8 @@ _OTHER = {
 
 
 def renamed(body: JSON, *, to: str) -> JSON:
-    """From all: a body with the id under the name `to`, which goes first if both names are there."""
-    given = body.get(to, body.get(_OTHER[to]))
+    """From all: a body with the id under the name `to`, which goes first if neither name is null."""
+    given = next((body[name] for name in (to, _OTHER[to]) if body.get(name) is not None), None)
     rest = {name: value for name, value in body.items() if name not in (to, _OTHER[to])}
     return rest if given is None else {**rest, to: given}
 
@@ -85,8 +85,12 @@ def described(body: JSON) -> JSON:
 def _described(chunk: Any) -> Any:
     if not isinstance(chunk, dict) or chunk.get("chunk_metadata") is not None:
         return chunk
-    metadata = chunk.get("metadata")
-    document_id = metadata.get("document_id") if isinstance(metadata, dict) else None
+    given = chunk.get("metadata")
+    metadata: JSON = given if isinstance(given, dict) else {}
+    document_id = metadata.get("document_id")
+    if isinstance(document_id, int):  # as 0.1 and 0.2 took it
+        document_id = str(document_id)
+        chunk = {**chunk, "metadata": {**metadata, "document_id": document_id}}
     return {**chunk, "chunk_metadata": {"chunk_id": chunk.get("chunk_id"), "document_id": document_id}}
 
 

@@ -20,8 +20,14 @@ def client_version(headers: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def is_llama_stack(headers: Mapping[str, str]) -> bool:
-    """Whether a llama-stack-client asks: Python's send their version, npm's name themselves."""
-    return "x-llamastack-client-version" in headers or _named(headers, "llamastack")
+    """Whether a llama-stack-client asks: Python's send their version, npm's name themselves.
+
+    In a browser, minified, or derived from, npm's do not: by their version, since openai's for JavaScript are above 1.
+    """
+    if "x-llamastack-client-version" in headers or _named(headers, "llamastack"):
+        return True
+    version = client_version(headers)
+    return headers.get("x-stainless-lang") == "js" and version is not None and version < (1, 0)
 
 
 def is_ogx(headers: Mapping[str, str]) -> bool:

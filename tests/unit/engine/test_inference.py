@@ -75,6 +75,20 @@ async def test_parallel_calls_are_told_by_their_index() -> None:
     ]
 
 
+@pytest.mark.parametrize("index", [0, None])
+async def test_calls_of_one_index_are_told_apart_by_their_ids(index: int | None) -> None:
+    """Some servers give all calls the same index, or none; a name that is there again begins no call."""
+    given, _ = await answer(
+        chunk(None, piece(index, "c1", "add", '{"a"')),
+        chunk(None, piece(index, "c1", "add", ":1}")),
+        chunk(None, piece(index, "c2", "echo", '{"t":2}')),
+    )
+    assert [(one.call_id, one.tool_name, one.arguments) for one in given.tool_calls] == [
+        ("c1", "add", '{"a":1}'),
+        ("c2", "echo", '{"t":2}'),
+    ]
+
+
 @pytest.mark.parametrize("call_id", ["", None, "taken"])
 async def test_an_id_that_is_empty_or_taken_is_replaced(call_id: str | None) -> None:
     """Also that of the second of two calls with the same one."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.stack.chunks import ModelError, read_chunks, server_error
+from app.stack.chunks import ModelError, parse_event, read_chunks, server_error
 
 
 def event(**fields: Any) -> bytes:
@@ -111,6 +111,7 @@ async def test_chunks_are_written_out_without_warnings(recwarn: pytest.WarningsR
         (b'data: {"error": "flat"}\n\n', "flat", 502),
         (b'data: {"object": "error", "message": "old vLLM", "code": 400}\n\n', "old vLLM", 400),
         (b'error: {"message": "old llama.cpp", "code": 500}\n\n', "old llama.cpp", 500),
+        (b'{"error":{"message":"a gateway","code":404}}\n', "a gateway", 404),
         (b"data: <html>\n\n", "no completion chunk", 502),
         (b"data: [1]\n\n", "no completion chunk", 502),
     ],
@@ -128,6 +129,18 @@ async def test_stream_that_ends_before_a_choice_is_finished_is_an_error() -> Non
 
 async def test_stream_may_end_without_done_after_the_finish_reason() -> None:
     assert text_of(await chunks_of(content("x", "stop").rstrip())) == "x"
+
+
+def test_error_can_be_stored_and_sent_whatever_it_says() -> None:
+    """Half of a surrogate pair can be neither; HTTP has no status above 599."""
+    error = server_error({"error": {"message": "so far \ud83d"}}, 700)
+    assert (str(error), error.status_code) == ("so far \\ud83d", 502)
+
+
+def test_what_is_nested_too_deeply_is_the_servers_error() -> None:
+    """Models that repeat themselves write it."""
+    with pytest.raises(ModelError, match="nested"):
+        parse_event(b"[" * 100_000)
 
 
 @pytest.mark.parametrize(

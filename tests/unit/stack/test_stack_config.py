@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 
 from app.settings import Settings, SettingsError
 from app.stack.config import build_run_config, files_folder, stack_run_config, worker_run_config
-from app.stack.mounted import changes_registry
+from app.stack.mounted import RegistryChanges, changes_registry
 from app.stack.postgres import asyncpg_dsn, backends, libpq_parameters
 
 
@@ -205,3 +205,22 @@ def test_files_are_kept_in_the_data_home(monkeypatch: pytest.MonkeyPatch, data_h
 )
 def test_only_changes_of_the_registry_are_told(method: str, path: str, changes: bool) -> None:
     assert changes_registry(method, path) is changes
+
+
+@pytest.mark.parametrize("path", ["/v1/toolgroups", "/behind/v1/toolgroups"])
+async def test_a_change_behind_a_proxys_prefix_is_told(path: str) -> None:
+    """Workers would not know of what is registered."""
+    told: list[str] = []
+
+    async def answers(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is asked for")
+
+    async def send(message: Any) -> None:
+        pass
+
+    changes = RegistryChanges(answers, lambda: told.append(path))
+    await changes({"type": "http", "method": "POST", "path": path, "root_path": "/behind"}, receive, send)
+    assert told == [path]

@@ -43,12 +43,24 @@ def test_parameters_become_a_schema() -> None:
     assert with_schemas(config(parameters=[LIQUID, CELSIUS]))["client_tools"][0]["input_schema"] == SCHEMA
 
 
-@pytest.mark.parametrize(("given", "told"), [("number", "number"), ("list", "array"), ("Optional", None), ("", None)])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("number", "number"),
+        ("list", "array"),
+        ("List", "array"),
+        ("tuple", "array"),
+        ("Dict", "object"),
+        ("Optional", None),
+        ("", None),
+    ],
+)
 def test_a_type_that_json_schema_does_not_know_is_left_out(given: str, told: str | None) -> None:
     """Model servers refuse such a schema."""
     parameter = {"name": "a", "parameter_type": given, "description": "d"}
     schema = with_schemas(config(parameters=[parameter]))["client_tools"][0]["input_schema"]
     assert schema["properties"]["a"].get("type") == told
+    assert schema["properties"]["a"].get("items") == ({} if told == "array" else None)
     assert schema["required"] == ["a"], "parameters are required unless they say otherwise"
 
 

@@ -10,8 +10,10 @@ import pytest
 from fastapi import Body, FastAPI, Request, Response
 from starlette.responses import JSONResponse, StreamingResponse
 
+from app.api import errors
 from app.api.compat.forward import Chunks, Forwarded, routes_of
 from app.api.compat.paths import CurrentPaths
+from app.domain.errors import CompletionError
 
 
 class Doubled(Chunks):
@@ -31,6 +33,7 @@ class Doubled(Chunks):
 AnyBody = Annotated[Any, Body()]
 
 app = FastAPI()
+errors.install(app, request_max_bytes=10_000)
 app.add_middleware(CurrentPaths)
 
 
@@ -54,6 +57,14 @@ async def outer(name: str, request: Request, body: AnyBody) -> Response:
     return Forwarded(routes_of(request), "POST", "/v1/inner", changed, answer=lambda answer: [answer], chunks=Doubled())
 
 
+@app.post("/untranslatable")
+async def untranslatable(request: Request, body: AnyBody) -> Response:
+    def fail(answer: Any) -> Any:
+        raise CompletionError("no choice", 502)
+
+    return Forwarded(routes_of(request), "POST", "/v1/inner", body, answer=fail)
+
+
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app)
@@ -67,6 +78,12 @@ async def test_the_body_and_the_answer_are_translated(client: httpx.AsyncClient)
     answer = await client.post("/outer/é?a=1", json={"x": "é"})
     assert answer.json() == [{"body": {"x": "é", "name": "é"}, "query": "a=1", "key": "Bearer k"}]
     assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+async def test_a_translation_that_fails_has_a_status(client: httpx.AsyncClient) -> None:
+    """That of its error, as if the outer route had raised it."""
+    answer = await client.post("/untranslatable", json={})
+    assert (answer.status_code, answer.json()) == (502, {"detail": "no choice"})
 
 
 async def test_an_error_is_passed_on_as_it_is(client: httpx.AsyncClient) -> None:
@@ -97,4 +114,14 @@ async def test_a_stream_is_translated_however_it_was_cut(client: httpx.AsyncClie
 async def test_an_older_path_is_another_name_of_the_same_route(client: httpx.AsyncClient) -> None:
     """Routing sees the current one."""
     answer = await client.post("/v1/openai/v1/inner", json={"a": 1})
+    assert answer.json()["body"] == {"a": 1}
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+async def test_an_older_path_behind_a_proxys_prefix(prefix: str) -> None:
+    """`uvicorn --root-path`: every path has it in front, or none, as the proxy does it."""
+    transport = httpx.ASGITransport(app, root_path="/behind")
+    headers = {"authorization": "Bearer k"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://caravan", headers=headers) as plain:
+        answer = await plain.post(f"{prefix}/v1/openai/v1/inner", json={"a": 1})
     assert answer.json()["body"] == {"a": 1}

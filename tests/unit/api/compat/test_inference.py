@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from app.api.compat.inference import CompletionChunks, completion_answer, embeddings_answer
 from app.api.compat.openai import ChatChunks, ChatCompletion, chat_answer, chat_request, text
-from app.domain.errors import InvalidRequest
+from app.domain.errors import CompletionError, InvalidRequest
 
 USER = {"role": "user", "content": "hi"}
 
@@ -104,7 +104,14 @@ def test_formats_and_log_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"messages": []}, {"messages": [{"role": "bogus"}]}, {"messages": ["x"]}, {"model_id": None}]
+    "wrong",
+    [
+        {"messages": []},
+        {"messages": [{"role": "bogus"}]},
+        {"messages": ["x"]},
+        {"model_id": None},
+        {"messages": [{"role": "assistant", "content": "", "stop_reason": "end_of_turn", "tool_calls": 5}]},
+    ],
 )
 def test_a_wrong_body_is_refused(wrong: dict[str, Any]) -> None:
     """By the field."""
@@ -179,6 +186,46 @@ def test_a_stream_with_tool_calls() -> None:
     )
     assert told[1]["event"]["delta"] == {"type": "tool_call", "tool_call": OLD_CALL, "parse_status": "succeeded"}
     assert [each["event"]["stop_reason"] for each in told] == [None, None, "end_of_message"]
+
+
+@pytest.mark.parametrize("index", [0, None])
+def test_calls_of_one_index_are_told_apart_by_their_ids(index: int | None) -> None:
+    """Some servers give all calls the same one, or none; some repeat the name with each piece."""
+    pieces = [("a", "add", '{"a"'), ("a", "add", ":1}"), ("b", "add", '{"a":2}')]
+    told = stream(
+        ChatChunks(),
+        *(
+            chunk({"tool_calls": [{"index": index, "id": i, "function": {"name": n, "arguments": a}}]})
+            for i, n, a in pieces
+        ),
+        chunk({}, "tool_calls"),
+    )
+    calls = [each["event"]["delta"]["tool_call"] for each in told[1:-1]]
+    assert [(call["call_id"], call["tool_name"], call["arguments"]) for call in calls] == [
+        ("a", "add", {"a": 1}),
+        ("b", "add", {"a": 2}),
+    ]
+
+
+@pytest.mark.parametrize("given", [{}, {"choices": None}, {"choices": []}, {"choices": "x"}, {"choices": ["x"]}])
+def test_what_is_no_completion_is_the_model_servers_fault(given: dict[str, Any]) -> None:
+    """Whole; a chunk without a choice says nothing."""
+    for answer in (chat_answer, completion_answer, embeddings_answer):
+        with pytest.raises(CompletionError) as raised:
+            answer(given)
+        assert raised.value.status == 502
+    assert [each["event"]["event_type"] for each in stream(ChatChunks(), given)] == ["start", "complete"]
+    assert [each["delta"] for each in stream(CompletionChunks(), given)] == [""]
+
+
+def test_what_servers_leave_out_is_empty() -> None:
+    """As the openai SDK has it; arguments that came as an object are its text."""
+    assert chat_answer({"choices": [{"message": None}]})["completion_message"]["content"] == ""
+    assert completion_answer({"choices": [{}]})["content"] == ""
+    calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    told = {**OLD_CALL, "call_id": "", "arguments_json": '{"a": 1}'}
+    assert chat_answer({"choices": [{"message": {"tool_calls": calls}}]})["completion_message"]["tool_calls"] == [told]
+    assert stream(ChatChunks(), chunk({"tool_calls": calls}))[1]["event"]["delta"]["tool_call"] == told
 
 
 def test_a_stream_that_fails_is_not_complete() -> None:

@@ -66,6 +66,8 @@ def test_the_wanted_name_goes_first() -> None:
     assert vectors.renamed({"vector_db_ids": ["a"]}, to="vector_store_ids") == {"vector_store_ids": ["a"]}
     both = {"vector_db_ids": ["a"], "vector_store_ids": ["b"]}
     assert vectors.renamed(both, to="vector_store_ids") == {"vector_store_ids": ["b"]}
+    null = {"vector_db_ids": ["a"], "vector_store_ids": None}
+    assert vectors.renamed(null, to="vector_store_ids") == {"vector_store_ids": ["a"]}
 
 
 def test_chunks_get_metadata_that_search_can_read() -> None:
@@ -76,6 +78,8 @@ def test_chunks_get_metadata_that_search_can_read() -> None:
     assert described[0] == own
     assert described[1]["chunk_metadata"] == {"chunk_id": "c", "document_id": "d"}
     assert described[2] == "no chunk"
+    number = vectors.described({"chunks": [{"metadata": {"document_id": 3}}]})["chunks"][0]
+    assert number["chunk_metadata"]["document_id"] == number["metadata"]["document_id"] == "3"
     for wrong in ({}, {"chunks": 3}, {"chunks": [{"metadata": 3}]}):
         vectors.described(wrong)
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse
 
 from app.api.compat import tool_calls
 from app.api.compat.dialect import BEFORE_03, CANONICAL
@@ -35,6 +36,24 @@ def test_arguments_become_an_object_with_the_string_beside() -> None:
 def test_arguments_that_are_no_object_stay_a_string(text: str) -> None:
     """Models write such; the client's tool fails and the model is told."""
     assert tool_calls.with_object({**CALL, "arguments": text}) == {**CALL, "arguments": text, "arguments_json": text}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a":NaN}',
+        '{"a":-Infinity}',
+        '{"a":1e999}',
+        '{"a":"\\ud83d"}',
+        '{"a":' + "[" * 5000,
+        '{"a":' + "[" * 999 + "]" * 999 + "}",
+    ],
+)
+def test_arguments_that_no_answer_can_hold_stay_a_string(text: str) -> None:
+    """The turn, its session and its stream are sent and read all the same."""
+    told = tool_calls.with_object({**CALL, "arguments": text})
+    assert told == {**CALL, "arguments": text, "arguments_json": text}
+    JSONResponse(told)
 
 
 def test_an_object_from_a_client_becomes_the_string() -> None:

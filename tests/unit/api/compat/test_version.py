@@ -56,10 +56,13 @@ async def test_the_dialect_goes_by_the_version(header: str, value: str, dialect:
         ({"user-agent": "LlamaStackClient/JS 0.2.23"}, True, False),
         ({"user-agent": "AsyncLlamaStackClient/Python 0.7.5"}, True, False),
         ({"x-ogx-client-version": "1.5.0"}, False, True),
+        ({"user-agent": "Mozilla/5.0", "x-stainless-lang": "js", PACKAGE: "0.2.23"}, True, False),
+        ({"user-agent": "Mozilla/5.0", "x-stainless-lang": "js", PACKAGE: "6.9.1"}, False, False),
+        ({"user-agent": "OpenAI::Client/Ruby 0.35.0", "x-stainless-lang": "ruby", PACKAGE: "0.35.0"}, False, False),
         ({"user-agent": "OpenAI/Python 3.54.0"}, False, False),
         ({}, False, False),
     ],
 )
 def test_whose_sdk_asks(headers: dict[str, str], llama_stack: bool, ogx: bool) -> None:
-    """By the header that Python's send, or the name in the User-Agent."""
+    """By the header that Python's send, the name in the User-Agent, or where that is another's by the version."""
     assert (is_llama_stack(headers), is_ogx(headers)) == (llama_stack, ogx)
