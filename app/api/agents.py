@@ -15,9 +15,10 @@ from app.api.compat.dialect import CurrentDialect
 from app.api.errors import answers
 from app.api.identifiers import AgentId
 from app.api.service import JSON, CurrentService, Owner
-from app.api.validation import check_agent_config, plain
+from app.api.validation import SHIELDS, check_agent_config, plain
 from app.domain import shapes
-from app.domain.errors import TurnFailure
+from app.domain.errors import InvalidRequest, TurnFailure
+from app.stack.mounted import StackApp
 from app.store import agents
 from app.store.agents import AgentRow
 
@@ -57,13 +58,23 @@ class CreateAgent(BaseModel):
 
 
 @router.post("/agents", **answers(AgentCreateResponse))
-async def create_agent(body: CreateAgent, service: CurrentService, owner: Owner) -> JSON:
+async def create_agent(body: CreateAgent, request: Request, service: CurrentService, owner: Owner) -> JSON:
     """Create an agent with the given configuration."""
     check_agent_config(body.agent_config)
+    await _check_shields(body.agent_config, request.app.state.stack, owner)
     agent_id = str(uuid.uuid4())
     config = plain(body.agent_config)
     await service.store.run(agents.create_agent, owner, agent_id, config)
     return {"agent_id": agent_id}
+
+
+async def _check_shields(config: AgentConfig, stack: StackApp, owner: str) -> None:
+    """Raises InvalidRequest: a shield that would fail every turn."""
+    for field in SHIELDS:
+        if missing := await stack.missing_shields(getattr(config, field) or (), owner):
+            raise InvalidRequest(
+                f"agent_config.{field}: there is no shield {missing[0]}; POST /v1/shields registers one"
+            )
 
 
 @router.get("/agents", **answers(Page[Agent]))

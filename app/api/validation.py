@@ -12,12 +12,15 @@ from pydantic import BaseModel
 from app.domain.errors import InvalidRequest
 from app.domain.items import check_json
 
+SHIELDS = ("input_shields", "output_shields")
+MAX_SHIELDS = 16
+
 
 def check_agent_config(config: AgentConfig) -> None:
     """Raises InvalidRequest, naming the field."""
-    for field in ("input_shields", "output_shields"):
-        if getattr(config, field):
-            raise InvalidRequest(f"agent_config.{field}: shields are not supported by this version")
+    for field in SHIELDS:
+        if len(getattr(config, field) or ()) > MAX_SHIELDS:
+            raise InvalidRequest(f"agent_config.{field}: must be at most {MAX_SHIELDS}")
     names = [tool.name for tool in config.client_tools or []]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

@@ -9,8 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llama_stack.apis.agents import AgentConfig, InferenceStep, Step, ToolExecutionStep
+from llama_stack.apis.agents import AgentConfig, InferenceStep, ShieldCallStep, Step, ToolExecutionStep
 from llama_stack.apis.inference import CompletionMessage, StopReason, ToolCall, ToolResponse
+from llama_stack.apis.safety import SafetyViolation
+
+
+@dataclass(frozen=True)
+class RunShields:
+    """Ask the agent's shields whether this leg may go on: its input shields about what the leg brought, or, with the
+    message that the leg would end with, its output shields about that. `ordinal`: the step that said the message, or
+    that what is asked about comes before."""
+
+    shields: tuple[str, ...]
+    ordinal: int
+    message: CompletionMessage | None = None
+
+    @property
+    def touchpoint(self) -> str:
+        """As llama_stack names it in the step's events."""
+        return "user-input" if self.message is None else "assistant-output"
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Finish:
     message: CompletionMessage
 
 
-Action = Infer | RunTools | RecordResponses | AwaitInput | Finish
+Action = RunShields | Infer | RunTools | RecordResponses | AwaitInput | Finish
 
 
 def decide(config: AgentConfig, journal: Sequence[Step], responses: Mapping[int, Sequence[ToolResponse]]) -> Action:
@@ -57,17 +74,23 @@ def decide(config: AgentConfig, journal: Sequence[Step], responses: Mapping[int,
     `journal`: the turn's recorded steps, in order. `responses`: the client's tool responses, by the ordinal (index in
     the journal) of the inference step that asked for them.
     """
+    if refusal := _refusal(journal):
+        return Finish(refusal)
     ordinal = _last_inference(journal)
     if ordinal is None:
-        return Infer()
+        return _infer(config, journal, shielded=bool(journal))
     message = journal[ordinal].model_response
     iterations = sum(isinstance(step, InferenceStep) for step in journal)
     if iterations >= (config.max_infer_iters or 10):
-        return _settle(message, StopReason.end_of_turn)
+        return _end(config, journal, ordinal, _settled(message, StopReason.end_of_turn))
     if message.stop_reason == StopReason.out_of_tokens:
-        return _settle(message, StopReason.out_of_tokens)
+        return _end(config, journal, ordinal, _settled(message, StopReason.out_of_tokens))
     if not message.tool_calls:
-        return Finish(message) if message.stop_reason == StopReason.end_of_turn else Infer()
+        return (
+            _end(config, journal, ordinal, Finish(message))
+            if message.stop_reason == StopReason.end_of_turn
+            else Infer()
+        )
     return _after_tool_calls(config, journal, ordinal, responses.get(ordinal))
 
 
@@ -83,13 +106,42 @@ def _after_tool_calls(
     answered = sum(isinstance(step, ToolExecutionStep) for step in journal[ordinal + 1 :])
     if answered < len(server_calls):
         return RunTools(ordinal, tuple(server_calls[answered:]))
-    if not client_calls or answered > len(server_calls):
+    if not client_calls:
         return Infer()
+    if answered > len(server_calls):
+        return _infer(config, journal, shielded=isinstance(journal[-1], ShieldCallStep))
     if responses is not None:
         return RecordResponses(tuple(client_calls), tuple(responses))
-    return AwaitInput(
-        message.model_copy(update={"tool_calls": client_calls, "stop_reason": StopReason.end_of_message}, deep=True)
-    )
+    asking = {"tool_calls": client_calls, "stop_reason": StopReason.end_of_message}
+    return _end(config, journal, ordinal, AwaitInput(message.model_copy(update=asking, deep=True)))
+
+
+def _infer(config: AgentConfig, journal: Sequence[Step], *, shielded: bool) -> RunShields | Infer:
+    """At the beginning of a leg: its input comes before the shields, and then before the model."""
+    shields = tuple(dict.fromkeys(config.input_shields or ()))
+    return RunShields(shields, len(journal)) if shields and not shielded else Infer()
+
+
+def _end(
+    config: AgentConfig, journal: Sequence[Step], ordinal: int, action: AwaitInput | Finish
+) -> RunShields | AwaitInput | Finish:
+    """The end of a leg, once the output shields have seen its message."""
+    shields = tuple(dict.fromkeys(config.output_shields or ()))
+    shielded = any(isinstance(step, ShieldCallStep) for step in journal[ordinal + 1 :])
+    return RunShields(shields, ordinal, action.message) if shields and not shielded else action
+
+
+def _refusal(journal: Sequence[Step]) -> CompletionMessage | None:
+    """What a shield that found a violation tells the user: the turn is over with it."""
+    last = journal[-1] if journal else None
+    if isinstance(last, ShieldCallStep) and last.violation:
+        return refusal(last.violation)
+    return None
+
+
+def refusal(violation: SafetyViolation) -> CompletionMessage:
+    """In place of what a shield refused."""
+    return CompletionMessage(content=violation.user_message or "", stop_reason=StopReason.end_of_turn)
 
 
 def tool_name(call: ToolCall) -> str:
@@ -105,8 +157,14 @@ def split_calls(config: AgentConfig, message: CompletionMessage) -> tuple[list[T
     return client, server
 
 
-def _settle(message: CompletionMessage, stop_reason: StopReason) -> Finish:
-    """Ends a turn that ran out of iterations or tokens: nobody will run the calls that are left."""
+def answers_client_calls(config: AgentConfig, step: Step) -> bool:
+    """Whether a step is that of the client's tool responses."""
+    client_tools = {tool.name for tool in config.client_tools or []}
+    return isinstance(step, ToolExecutionStep) and any(tool_name(call) in client_tools for call in step.tool_calls)
+
+
+def _settled(message: CompletionMessage, stop_reason: StopReason) -> Finish:
+    """The end of a turn that ran out of iterations or tokens: nobody will run the calls that are left."""
     return Finish(message.model_copy(update={"tool_calls": [], "stop_reason": stop_reason}, deep=True))
 
 

@@ -17,6 +17,7 @@ FailureCode = Literal[
     "input_wait_exceeded",
     "turn_timeout",
     "model_timeout",
+    "shield_error",
     "event_log_exceeded",
     "invalid_request",
 ]

@@ -125,8 +125,8 @@ def payload(event_type: EventKind, **fields: Any) -> str:
     return ascii_json({"event": {"payload": {"event_type": event_type.value, **fields}}})
 
 
-def step_start(step_type: str, step_id: str) -> str:
-    return payload(EventKind.STEP_START, step_type=step_type, step_id=step_id, metadata={})
+def step_start(step_type: str, step_id: str, **metadata: str) -> str:
+    return payload(EventKind.STEP_START, step_type=step_type, step_id=step_id, metadata=metadata)
 
 
 def step_complete(step: BaseModel) -> str:

@@ -96,7 +96,7 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
     key_value, sql = postgres.backends(settings.sqlalchemy_url, settings.database_pool_size)
     providers = {
         "inference": [_model_server(settings), _embeddings_server(settings)],
-        "safety": [Provider(provider_id="llama-guard", provider_type="inline::llama-guard", config={})],
+        "safety": [_ours("llama-guard", "inline::llama-guard")],
         "files": [_files()],
         "tool_runtime": [
             Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={})

@@ -13,11 +13,12 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import llama_stack.core.server.server as server
+import psycopg2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -31,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.domain.error_bodies import error_body, invalid_body, is_openai
+from app.domain.errors import Unavailable
 from app.settings import Settings
 from app.stack import access, completions, library, postgres, registry
 from app.stack.config import stack_run_config
@@ -77,6 +79,27 @@ class StackApp(FastAPI):
     ) -> completions.JSON | completions.Begun:
         """A completion or embeddings (`app.stack.completions.ask`)."""
         return await completions.ask(self.impls, endpoint, body, principal=principal, headers=headers)
+
+    async def missing_shields(self, names: Sequence[str], principal: str) -> list[str]:
+        """Those that are not registered, or are another's; what another process has just registered is there.
+
+        Raises Unavailable: Postgres cannot be read.
+        """
+        missing = await self._missing_shields(names, principal)
+        if missing and Api.shields in self.impls:
+            try:
+                await self.refresh_registry()
+            except psycopg2.Error as error:
+                raise Unavailable("Postgres cannot be reached (DATABASE_URL)") from error
+            missing = await self._missing_shields(names, principal)
+        return missing
+
+    async def _missing_shields(self, names: Sequence[str], principal: str) -> list[str]:
+        table = self.impls.get(Api.shields)
+        if table is None:
+            return list(names)
+        with access.acting_as(principal):
+            return [name for name in names if await table.get_object_by_identifier("shield", name) is None]
 
     async def refresh_registry(self) -> None:
         """See what other processes registered or removed (`app.stack.registry.refresh`)."""

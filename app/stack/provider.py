@@ -29,6 +29,13 @@ def get_provider_spec() -> list[ProviderSpec]:
             optional_api_dependencies=[Api.files, Api.models],
         ),
         InlineProviderSpec(
+            api=Api.safety,
+            provider_type="inline::llama-guard",
+            module="app.stack.safety",
+            config_class="llama_stack.providers.inline.safety.llama_guard.config.LlamaGuardConfig",
+            api_dependencies=[Api.inference],
+        ),
+        InlineProviderSpec(
             api=Api.tool_runtime,
             provider_type="inline::rag-runtime",
             module="app.stack.retrieval",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from llama_stack.apis.agents import AgentConfig, InferenceStep, Step, ToolExecutionStep
+from llama_stack.apis.agents import AgentConfig, InferenceStep, ShieldCallStep, Step, ToolExecutionStep
 from llama_stack.apis.common.content_types import TextContentItem
 from llama_stack.apis.inference import (
     CompletionMessage,
@@ -21,11 +22,11 @@ from llama_stack.apis.inference import (
 from pydantic import TypeAdapter
 
 from app.domain import events, history, shapes
-from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide
+from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunShields, RunTools, decide
 from app.domain.events import EventKind
 from app.domain.turns import TurnStatus
 from app.store.claims import Claim, LegEnd
-from tasks.engine import inference, tools
+from tasks.engine import inference, shields, tools
 from tasks.engine.attempt import Attempt, Outcome, Tools
 from tasks.engine.ledger import Made, ServerCall
 from tasks.engine.messages import chat_request
@@ -54,9 +55,11 @@ class AgentTurn(Attempt):
                 return handed
             action = decide(self._config, self._journal, self._responses)
             match action:
+                case RunShields():
+                    if ended := await self._run_shields(action):
+                        return ended
                 case Infer():
-                    ended = await self._infer()
-                    if ended:
+                    if ended := await self._infer():
                         return ended
                 case RunTools():
                     await self._run_tools(action)
@@ -77,8 +80,25 @@ class AgentTurn(Attempt):
         await self._record(resolved=resolved.model_dump(mode="json"))
         self._server_tools.resolved = resolved
 
+    async def _run_shields(self, action: RunShields) -> Outcome | None:
+        """One step for all shields of one kind. Raises TurnFailure: one of them failed."""
+        step_id, started_at = str(uuid.uuid4()), datetime.now(UTC)
+        started = events.step_start("shield_call", step_id, touchpoint=action.touchpoint)
+        self._writer.emit(EventKind.STEP_START, started)
+        conversation = self._messages(self._journal[: action.ordinal])
+        if action.message is not None:
+            conversation.append(action.message)
+        limit = self._given.settings.model_call_timeout_seconds
+        step = ShieldCallStep(
+            step_id=step_id,
+            turn_id=self._claim.turn_id,
+            violation=await shields.run(self._given.stack.safety, action.shields, conversation, limit),
+            started_at=started_at,
+            completed_at=datetime.now(UTC),
+        )
+        return await self._complete(step)
+
     async def _infer(self) -> Outcome | None:
-        """One inference step. If the leg ends with it, both are recorded at once."""
         step_id, started_at = str(uuid.uuid4()), datetime.now(UTC)
         self._writer.emit(EventKind.STEP_START, events.step_start("inference", step_id))
         message = await self._ask_model(step_id)
@@ -89,6 +109,10 @@ class AgentTurn(Attempt):
             started_at=started_at,
             completed_at=datetime.now(UTC),
         )
+        return await self._complete(step)
+
+    async def _complete(self, step: InferenceStep | ShieldCallStep) -> Outcome | None:
+        """Records a step. If the leg ends with it, both are recorded at once."""
         following = decide(self._config, [*self._journal, step], self._responses)
         if isinstance(following, AwaitInput | Finish):
             return await self._end_leg(following, following.message, step)
@@ -99,7 +123,7 @@ class AgentTurn(Attempt):
         return None
 
     async def _ask_model(self, step_id: str) -> CompletionMessage:
-        messages = self._messages()
+        messages = self._messages(self._journal)
         request = await chat_request(self._config, messages, tools.offered(self._config, self._server_tools.resolved))
         answer = inference.Inference(
             events.StepProgress("inference", step_id),
@@ -108,12 +132,12 @@ class AgentTurn(Attempt):
         )
         return await self._ask(request, answer.run)
 
-    def _messages(self) -> list[Message]:
+    def _messages(self, journal: Sequence[Step]) -> list[Message]:
         past = [
             (_with_context(_inputs.validate_python(turn.messages), turn.context), _steps.validate_python(turn.steps))
             for turn in self._claim.past
         ]
-        current = (_with_context(self._inputs, self._server_tools.resolved.context), self._journal)
+        current = (_with_context(self._inputs, self._server_tools.resolved.context), journal)
         return history.conversation(self._config, [*past, current])
 
     async def _run_tools(self, action: RunTools) -> None:

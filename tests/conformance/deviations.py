@@ -171,6 +171,23 @@ def _response_formats(reference: Transcript, ours: Transcript) -> None:
     reference.requests = ours.requests
 
 
+def _refused_is_not_told(reference: Transcript, ours: Transcript) -> None:
+    """Neither to the model nor to the guards, in the turn after."""
+    for request, our_request in zip(reference.requests[-3:], ours.requests[-3:], strict=True):
+        refused = ("GUARD User", "Assistant: hello", "'content': 'hello '")
+        assert [any(text in str(each["messages"]) for text in refused) for each in (request, our_request)] == [
+            True,
+            False,
+        ]
+        request["messages"] = our_request["messages"]
+
+
+def _guards_see_what_the_model_sees(reference: Transcript, ours: Transcript) -> None:
+    for request, our_request in zip(reference.requests, ours.requests, strict=True):
+        if "BEGIN CONVERSATION" in str(request["messages"]):
+            request["messages"] = our_request["messages"]
+
+
 DEVIATIONS: dict[str, Deviation] = {
     "own step ids": Deviation(
         "ChatAgent gives a client tool's step the id of the step before it, so that GET step shows the wrong one.",
@@ -215,6 +232,16 @@ DEVIATIONS: dict[str, Deviation] = {
     "input is not mutated": Deviation(
         "ChatAgent appends document text to the user's message itself, which the client then sees in its turn.",
         _input_not_mutated,
+    ),
+    "what was refused is not told": Deviation(
+        "What a shield refused is kept from the model in later turns too; ChatAgent tells it, and behind a refused "
+        "answer the refusal, a second message of the assistant's, which many model servers refuse.",
+        _refused_is_not_told,
+    ),
+    "guards see what the model sees": Deviation(
+        "ChatAgent's guards see neither the documents of the turn, nor its tool calls and what they gave: who brings a "
+        "document, or has the model call a client's tool, gets round them.",
+        _guards_see_what_the_model_sees,
     ),
     "a turn's tool_config counts": Deviation("ChatAgent ignores the tool_config of a turn.", _tool_config_counts),
     "stop is sent": Deviation("ChatAgent drops sampling_params.stop.", _stop_is_sent),

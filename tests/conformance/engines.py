@@ -99,7 +99,7 @@ class Reference:
         agent = ChatAgent(
             agent_id="agent",
             agent_config=self._config,
-            safety_api=None,
+            safety_api=world.their_safety,
             vector_io_api=None,
             persistence_store=None,
             created_at="",

@@ -40,6 +40,7 @@ ASK_USER = {"name": "ask_user", "description": "Asks.", "input_schema": schema(q
 SHOW = {"name": "show", "input_schema": schema(what="string")}
 CALC: Json = {"toolgroups": ["calc"]}
 CLIENT: Json = {"client_tools": [ASK_USER, SHOW]}
+SHIELDED: Json = {"input_shields": ["guard"], "output_shields": ["guard"]}
 NOTE: Json = {"content": "The note says 42.", "mime_type": "text/plain"}
 MORE: Json = {"content": {"type": "text", "text": "And more."}, "mime_type": "application/json"}
 ADD = 'CALL add {"a": 1, "b": 2}'
@@ -102,6 +103,41 @@ SCRIPTS: dict[str, Script] = {
         (Ask(f"{ASK}"), Answer({"ask_user": "because"}, as_turn=True)),
         CLIENT,
     ),
+    # Shields
+    "shields that let pass": one("SAY hello", **SHIELDED),
+    "shields, instructions and history": Script((Ask("SAY one"), Ask("SAY two")), SHIELDED | {"instructions": "Hm."}),
+    "an input shield that lets pass": one("SAY hello", input_shields=["guard"]),
+    "two shields": one("SAY hello", input_shields=["guard", "other"], output_shields=["other"]),
+    "input that a shield refuses": one("SAY hello\nGUARD User UNSAFE S1", **SHIELDED),
+    "output that a shield refuses": one("SAY hello\nGUARD Assistant UNSAFE S1,S9", **SHIELDED),
+    "output out of tokens that a shield refuses": one("LENGTH this is cut\nGUARD Assistant UNSAFE S1", **SHIELDED),
+    "a turn after refused input": Script(
+        (Ask("SAY hello\nGUARD User UNSAFE S1"), Ask("SAY next")), SHIELDED, ("what was refused is not told",)
+    ),
+    "a turn after refused output": Script(
+        (Ask("SAY hello\nGUARD Assistant UNSAFE S1"), Ask("SAY next")), SHIELDED, ("what was refused is not told",)
+    ),
+    "shields and a server tool": one(f"{ADD} | SAY three", "guards see what the model sees", **SHIELDED, **CALC),
+    "shields and documents": Script(
+        (Ask("SAY x", documents=(NOTE,)),),
+        SHIELDED,
+        ("input is not mutated", "guards see what the model sees"),
+    ),
+    "shields and a client tool": Script(
+        (Ask(f"{ASK} | SAY thanks"), Answer({"ask_user": "because"})),
+        SHIELDED | CLIENT,
+        ("own step ids", "guards see what the model sees"),
+    ),
+    "a client's call that a shield refuses": one(
+        f"{ASK}\nGUARD Assistant UNSAFE S1", "guards see what the model sees", **SHIELDED, **CLIENT
+    ),
+    "a client's response that a shield refuses": Script(
+        (Ask(f"{ASK}\nGUARD Tool UNSAFE S1"), Answer({"ask_user": "because"})),
+        SHIELDED | CLIENT,
+        ("own step ids", "guards see what the model sees"),
+    ),
+    "a guard that fails": one("SAY hello\nGUARD User ERR 500 no", **SHIELDED),
+    "a guard that gives no verdict": one("SAY hello\nGUARD Assistant SAY perhaps", **SHIELDED),
     # Limits
     "out of iterations": one(f"{ADD} | {ADD} | SAY x", "no open calls at the end", max_infer_iters=2, **CALC),
     "out of iterations with a client tool": one(

@@ -6,10 +6,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from llama_stack.apis.safety import RunShieldResponse
+from llama_stack.apis.shields import Shield
 from llama_stack.apis.tools import ListToolDefsResponse, ListToolGroupsResponse, ToolDef, ToolInvocationResult
+from llama_stack.providers.datatypes import Api
+from llama_stack.providers.inline.safety.llama_guard.config import LlamaGuardConfig
+from llama_stack.providers.inline.safety.llama_guard.llama_guard import LlamaGuardSafetyImpl
 from llama_stack.providers.utils.tools.mcp import invoke_mcp_tool, list_mcp_tools
 
 from app.stack.inference import ModelServer, ModelServerConfig
+from app.stack.safety import LlamaGuard
 from tests.support.mcp_server import McpServer
 
 
@@ -28,15 +34,33 @@ GROUPS: dict[str, list[ToolDef]] = {
 }
 
 
+class Shields:
+    """`safety` of a Llama Stack, in which every shield is a Llama Guard of this kind."""
+
+    def __init__(self, guard: type[LlamaGuardSafetyImpl], inference: ModelServer) -> None:
+        self._guard = guard(LlamaGuardConfig(), {Api.inference: inference})
+        self._guard.shield_store = self
+
+    async def get_shield(self, shield_id: str) -> Shield:
+        return Shield(identifier=shield_id, provider_resource_id="guard", provider_id="llama-guard")
+
+    async def run_shield(self, shield_id: str, messages: list[Any], params: dict[str, Any]) -> RunShieldResponse:
+        answer: RunShieldResponse = await self._guard.run_shield(shield_id, messages, params)
+        return answer
+
+
 class World:
     """`inference`, `tool_groups` and `tool_runtime` of a Llama Stack, and a record of the tool calls made.
 
-    The toolgroup `mcp` is a real MCP server: llama_stack's client lists and calls it for `ChatAgent`, ours for us.
+    `safety` is ours, `their_safety` llama_stack's own. The toolgroup `mcp` is a real MCP server: llama_stack's client
+    lists and calls it for `ChatAgent`, ours for us.
     """
 
     def __init__(self, model_url: str, mcp: McpServer) -> None:
         config = ModelServerConfig(url=model_url, models=["scripted"], timeout_seconds=10)
         self.inference = ModelServer(config)
+        self.safety = Shields(LlamaGuard, self.inference)
+        self.their_safety = Shields(LlamaGuardSafetyImpl, self.inference)
         self.tool_groups = self
         self.tool_runtime = self
         self._mcp = mcp

@@ -34,6 +34,12 @@ Where a script ends and nothing has been said: `The tool said: <result>`, word b
 tool's; else `The script is over.` A script that ends after a PART ends the message (stop). SAY and LENGTH without
 words make an empty message. Text without any command is echoed: `You said: <text>`.
 
+A question of Llama Guard's (the prompt that asks for a safety assessment) is a script too: of the lines
+`GUARD <Role> command` behind its last `User: `, those are performed whose role the assessment is to be of (`User`,
+`Assistant`, `Tool`); UNSAFE ends a message too, and without any ending one it says `safe`.
+
+    UNSAFE S1,S2            says `unsafe` and, on a second line, these categories
+
 HTTP headers are sent with the first chunk, so DELAY, HOLD and HANG hold them back too, unless a PART goes before.
 Requests with `stream` false get the whole message. `stream_options.include_usage` adds the usage chunk. Any model id
 is accepted. POST /v1/completions takes the script as its `prompt`. Embeddings have `DIMENSIONS` dimensions; texts that
@@ -73,13 +79,26 @@ DIMENSIONS = 8
 UNICODE_PIECES = ("naïve ", "Ωmega ", "日本語 ", "🐫🚐 ", "👩‍👩‍👧 ", "line\u2028separator ", "e\u0301 ", "עברית ")
 RECORDS_KEPT = 20_000
 CHUNKS_AT_ONCE = 500
-ENDS_MESSAGE = {"SAY", "LENGTH", "CHUNKS", "CALL", "CALLID", "CALLBAD", "HISTORY", "SYSTEM", "TOOLS", "UNICODE"}
+ENDS_MESSAGE = {
+    "SAY",
+    "LENGTH",
+    "CHUNKS",
+    "CALL",
+    "CALLID",
+    "CALLBAD",
+    "HISTORY",
+    "SYSTEM",
+    "TOOLS",
+    "UNICODE",
+    "UNSAFE",
+}
 LEAVES_OPEN = {"PART", "PARTS", "DELAY", "HOLD", "HANG", "ERR", "ERRTIMES", "DROP"}
 RECORDED_HEADERS = {"authorization", "accept", "content-type", "user-agent", "traceparent", "tracestate", "baggage"}
 
 _COMMAND = "(?:" + "|".join(sorted(ENDS_MESSAGE | LEAVES_OPEN)) + ")(?: |$)"
 _IS_COMMAND = re.compile(_COMMAND)
 _NEXT_COMMAND = re.compile(rf" \| (?={_COMMAND})")
+_JUDGED = re.compile(r"safety assessment for ONLY THE LAST (\w+) message")
 _NEXT_CALL = re.compile(r" & (?=CALL(?:ID|BAD)? )")
 
 encode_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -164,6 +183,13 @@ def split_conversation(messages: Sequence[dict[str, Any]]) -> tuple[str, int]:
             return text_of(message), after
         after += message["role"] == "assistant"
     return "", after
+
+
+def guard_script(prompt: str, role: str) -> str:
+    """What a guard is told, who is asked about the last message, of this role."""
+    last = prompt.rpartition("User: ")[2].split("\n")
+    told = [line.partition(f"GUARD {role} ")[2] for line in last if line.startswith(f"GUARD {role} ")]
+    return "\n".join([*told, "SAY safe"])
 
 
 # --- answers ---
@@ -356,6 +382,8 @@ class Performance:
 
     async def run(self) -> None:
         script, step = split_conversation(self._messages)
+        if judged := _JUDGED.search(script):
+            script = guard_script(script, judged[1])
         messages = parse(script)
         commands = messages[step] if step < len(messages) else []
         for command in commands:
@@ -424,6 +452,9 @@ class Performance:
 
     async def _tools(self, _: Command) -> None:
         await self._say_whole(",".join(tool["function"]["name"] for tool in self._request.get("tools") or ()))
+
+    async def _unsafe(self, command: Command) -> None:
+        await self._say_whole(f"unsafe\n{command.rest}")
 
     async def _say_whole(self, text: str) -> None:
         await self._answer.say([text])
