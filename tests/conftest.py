@@ -25,6 +25,7 @@ SHARE_PROCESSES = (
     "test_conversations.py",
     "test_openapi.py",
     "test_responses.py",
+    "test_shields.py",
     "test_turn_pool.py",
     "test_turns.py",
 )

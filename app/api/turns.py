@@ -414,6 +414,8 @@ def turn_shape(row: TurnRow) -> JSON:
 
 
 def _last_message(row: TurnRow) -> JSON:
+    if row.error and row.error["code"] == "shield_error":
+        return shapes.NO_MESSAGE  # nobody has judged it
     messages = [step["model_response"] for step in row.steps if step["step_type"] == "inference"]
     return {**messages[-1], "tool_calls": []} if messages else shapes.NO_MESSAGE
 

@@ -59,8 +59,8 @@ class LlamaGuard(original.LlamaGuardSafetyImpl):
         try:
             await self.inference_api._get_model_provider(model, ModelType.llm)
         except ValueError as error:
-            told = "the guard's model, which INFERENCE_MODEL must name, or a client register"
-            raise ValueError(f"provider_shield_id: is {told}: {error}") from error
+            hint = "Name the guard's model in INFERENCE_MODEL, or register it."
+            raise ValueError(f"provider_shield_id: {error} {hint}") from error
 
     async def run_shield(
         self, shield_id: str, messages: Sequence[Any], params: dict[str, Any] | None = None

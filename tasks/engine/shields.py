@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from llama_stack.apis.common.errors import ResourceNotFoundError
 from llama_stack.apis.inference import Message
 from llama_stack.apis.safety import Safety, SafetyViolation, ViolationLevel
 
@@ -28,7 +27,7 @@ async def run(
     """
     if safety is None:
         message = f"Shield {shields[0]} cannot be asked: this server's Llama Stack has no safety API."
-        raise TurnFailure("invalid_request", message)
+        raise TurnFailure("shield_error", message)
     asked = [_ask(safety, shield, messages, limit_seconds) for shield in shields]
     answers = await asyncio.gather(*asked, return_exceptions=True)
     for answer in sorted(answers, key=lambda answer: isinstance(answer, BaseException)):
@@ -58,8 +57,6 @@ async def _ask(
 
 
 def _failure(shield: str, error: Exception) -> TurnFailure:
-    if isinstance(error, ResourceNotFoundError):  # the shield, or its model: asking again does not help
-        return TurnFailure("invalid_request", f"Shield {shield} cannot be asked: {error}")
     status = getattr(error, "status_code", None)
     told = str(error) or type(error).__name__
     return TurnFailure("shield_error", f"Shield {shield} failed: {told}", status if isinstance(status, int) else None)

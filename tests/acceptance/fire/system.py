@@ -220,6 +220,13 @@ class System:
         httpx.post(f"{self.urls[0]}/v1/toolgroups", json=body, timeout=30).raise_for_status()
         return group
 
+    def shield(self, model: str) -> str:
+        """Registers a Llama Guard with this model; the shield's id."""
+        shield = f"guard-{uuid.uuid4().hex[:8]}"
+        body = {"shield_id": shield, "provider_id": "llama-guard", "provider_shield_id": model}
+        httpx.post(f"{self.urls[0]}/v1/shields", json=body, timeout=30).raise_for_status()
+        return shield
+
     def stop_consuming(self, name: str) -> None:
         """`celery control cancel_consumer`: this worker takes no more doorbells."""
         self._control("cancel_consumer", name)

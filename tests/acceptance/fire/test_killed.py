@@ -131,6 +131,37 @@ def test_a_step_recorded_and_not_published_is_not_lost(
     assert mcp.counts() == {key: 1}
 
 
+def test_a_killed_worker_does_not_ask_its_shields_again(system: System, model: ScriptedModel) -> None:
+    """It dies behind a turn's input shields, and in another's output shields: a recorded verdict holds for the next
+    attempt, one that was not given is asked for again, and the model is asked only where it had not answered."""
+    system.stop_consuming("b")
+    key, thinking, judging = (uuid.uuid4().hex for _ in range(3))
+    shields = [system.shield("second-model")]
+    scripts = [f"PART {key} 1 | HOLD {thinking} | SAY done", f"SAY {key} 2\nGUARD Assistant HOLD {judging}"]
+    sessions = [system.session(number, input_shields=shields, output_shields=shields) for number in range(2)]
+    streams = [session.accepted(script) for session, script in zip(sessions, scripts, strict=True)]
+    for gate in (thinking, judging):
+        model.wait_held(gate, timeout=PATIENCE_SECONDS)
+
+    kill_worker(system, [session.owner(stream.turn_id) for session, stream in zip(sessions, streams, strict=True)])
+    system.consume("b")
+    for stream in streams:
+        stream.wait_attempt(2)
+    for gate in (thinking, judging):
+        model.release(gate)
+    for session, stream in zip(sessions, streams, strict=True):
+        turn = check_turn(session, stream)
+        assert [step["step_type"] for step in turn["steps"]] == ["shield_call", "inference", "shield_call"]
+    asked = [
+        [request["body"]["model"] for request in model.requests() if f"{key} {number}" in str(request["body"])]
+        for number in (1, 2)
+    ]
+    assert asked == [
+        ["second-model", "scripted", "scripted", "second-model"],
+        ["second-model", "scripted", "second-model", "second-model"],
+    ]
+
+
 def check_history(behind: Stream, script: str, said: str) -> None:
     """The turn that was queued behind saw one exchange, and nothing of the attempt that died."""
     answer = behind.ended()[-1].payload["turn"]["output_message"]["content"]

@@ -6,17 +6,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import strategies as st
-from llama_stack.apis.agents import AgentConfig, InferenceStep, ToolExecutionStep
+from llama_stack.apis.agents import AgentConfig, InferenceStep, ShieldCallStep, ToolExecutionStep
 from llama_stack.apis.inference import CompletionMessage, StopReason, ToolCall, ToolResponse
+from llama_stack.apis.safety import SafetyViolation, ViolationLevel
 
 SERVER_TOOLS = ("add", "echo")
 CLIENT_TOOLS = ("ask", "show")
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def config(max_infer_iters: int = 10) -> AgentConfig:
+def config(max_infer_iters: int = 10, **more: Any) -> AgentConfig:
     client_tools = [{"name": name} for name in CLIENT_TOOLS]
-    return AgentConfig(model="m", instructions="", client_tools=client_tools, max_infer_iters=max_infer_iters)
+    return AgentConfig(model="m", instructions="", client_tools=client_tools, max_infer_iters=max_infer_iters, **more)
 
 
 def call(tool: str, call_id: str = "c1") -> ToolCall:
@@ -36,6 +37,12 @@ def executed(*calls: ToolCall) -> ToolExecutionStep:
     return ToolExecutionStep(
         step_id="s", turn_id="t", tool_calls=list(calls), tool_responses=responses(*calls), started_at=NOW
     )
+
+
+def shielded(refusal: str | None = None) -> ShieldCallStep:
+    """`refusal`: what the violation tells the user; None: there is none."""
+    violation = SafetyViolation(violation_level=ViolationLevel.ERROR, user_message=refusal) if refusal else None
+    return ShieldCallStep(step_id="s", turn_id="t", violation=violation, started_at=NOW, completed_at=NOW)
 
 
 def responses(*calls: ToolCall) -> list[ToolResponse]:

@@ -12,8 +12,8 @@ from llama_stack.apis.agents import Step
 from llama_stack.apis.inference import StopReason, ToolResponse
 from pydantic import TypeAdapter
 
-from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunTools, decide, split_calls
-from tests.unit.domain.journals import call, config, executed, inference, message, messages, responses
+from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunShields, RunTools, decide, split_calls
+from tests.unit.domain.journals import call, config, executed, inference, message, messages, responses, shielded
 
 ADD, ECHO, ASK, SHOW = call("add", "a"), call("echo", "e"), call("ask", "k"), call("show", "s")
 END, MORE, CUT = StopReason.end_of_turn, StopReason.end_of_message, StopReason.out_of_tokens
@@ -63,6 +63,60 @@ def test_the_next_action(case: str) -> None:
     assert decide(config(), journal, answered) == action
 
 
+SHIELDS: dict[str, Any] = {"input_shields": ["in", "in2", "in"], "output_shields": ["out"]}
+ASKING = message(ASK, reason=MORE)
+SHIELDED: dict[str, tuple[list[Any], dict[int, Any], Any]] = {
+    "a new turn": ([], {}, RunShields(("in", "in2"), 0)),
+    "input that passed": ([shielded()], {}, Infer()),
+    "input that was refused": ([shielded("no")], {}, Finish(message(content="no"))),
+    "an answer": ([shielded(), inference(TEXT)], {}, RunShields(("out",), 1, TEXT)),
+    "an answer that passed": ([shielded(), inference(TEXT), shielded()], {}, Finish(TEXT)),
+    "an answer that was refused": ([shielded(), inference(TEXT), shielded("no")], {}, Finish(message(content="no"))),
+    "a message that is to go on": ([shielded(), inference(message(reason=MORE))], {}, Infer()),
+    "out of tokens": (
+        [shielded(), inference(message(ADD, reason=CUT))],
+        {},
+        RunShields(("out",), 1, message(reason=CUT)),
+    ),
+    "a server call": ([shielded(), inference(message(ADD))], {}, RunTools(1, ((0, ADD),))),
+    "a server call done": ([shielded(), inference(message(ADD)), executed(ADD)], {}, Infer()),
+    "a client call": ([shielded(), inference(message(ASK))], {}, RunShields(("out",), 1, ASKING)),
+    "a client call that passed": ([shielded(), inference(message(ASK)), shielded()], {}, AwaitInput(ASKING)),
+    "its answer": (
+        [shielded(), inference(message(ASK)), shielded()],
+        {1: responses(ASK)},
+        RecordResponses((ASK,), tuple(responses(ASK))),
+    ),
+    "its answer recorded": (
+        [shielded(), inference(message(ASK)), shielded(), executed(ASK)],
+        {1: responses(ASK)},
+        RunShields(("in", "in2"), 4),
+    ),
+    "its answer that passed": (
+        [shielded(), inference(message(ASK)), shielded(), executed(ASK), shielded()],
+        {1: responses(ASK)},
+        Infer(),
+    ),
+    "its answer that was refused": (
+        [shielded(), inference(message(ASK)), shielded(), executed(ASK), shielded("no")],
+        {1: responses(ASK)},
+        Finish(message(content="no")),
+    ),
+    "both kinds, the server's done": (
+        [shielded(), inference(message(ADD, ASK)), executed(ADD)],
+        {},
+        RunShields(("out",), 1, ASKING),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHIELDED)
+def test_the_next_action_with_shields(case: str) -> None:
+    """Input shields at the beginning of each leg, output shields at its end; a refusal is the turn's end."""
+    journal, answered, action = SHIELDED[case]
+    assert decide(config(**SHIELDS), journal, answered) == action
+
+
 @pytest.mark.parametrize("last", [message(ADD), message(ASK), message(ADD, ASK), TEXT, message(reason=MORE)])
 def test_a_turn_out_of_iterations_ends_without_open_calls(last: Any) -> None:
     """Nobody would run them."""
@@ -107,13 +161,18 @@ def test_every_reachable_journal_leads_to_an_end(data: st.DataObject, limit: int
     Every decision is the same when it is made again, also from the journal as it is stored; none asks for a call that
     was answered.
     """
-    agent, journal, answered = config(limit), list[Any](), dict[int, list[ToolResponse]]()
+    shields = {kind: data.draw(st.sampled_from(([], ["guard"]))) for kind in ("input_shields", "output_shields")}
+    agent, journal, answered = config(limit, **shields), list[Any](), dict[int, list[ToolResponse]]()
     for _ in itertools.repeat(None, 60):
         action = decide(agent, journal, answered)
         stored = _steps.validate_python(_steps.dump_python(journal, mode="json"))
         assert decide(agent, stored, answered) == decide(agent, journal, answered) == action
         match action:
+            case RunShields(message=asking):
+                assert shields["input_shields" if asking is None else "output_shields"]
+                journal.append(shielded(data.draw(st.sampled_from((None, None, "no")))))
             case Infer():
+                assert not shields["input_shields"] or any(step.step_type == "shield_call" for step in journal)
                 journal.append(inference(data.draw(messages)))
             case RunTools(ordinal, asked):
                 assert asked
@@ -130,6 +189,7 @@ def test_every_reachable_journal_leads_to_an_end(data: st.DataObject, limit: int
                 journal.append(executed(*asked))
             case Finish(last):
                 assert last.tool_calls == []
+                assert not shields["output_shields"] or journal[-1].step_type == "shield_call"
                 break
     else:
         pytest.fail("the turn does not end")
@@ -139,4 +199,5 @@ def test_every_reachable_journal_leads_to_an_end(data: st.DataObject, limit: int
 def pending(agent: Any, journal: list[Any], ordinal: int) -> list[Any]:
     """The server calls of an inference step that no step has answered yet."""
     _, server = split_calls(agent, journal[ordinal].model_response)
-    return [one for _, one in server][len(journal) - ordinal - 1 :]
+    done = sum(step.step_type == "tool_execution" for step in journal[ordinal + 1 :])
+    return [one for _, one in server][done:]

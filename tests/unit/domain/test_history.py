@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_stack.apis.inference import CompletionMessage, SystemMessage, ToolResponseMessage, UserMessage
 
 from app.domain.history import UNANSWERED, complete, conversation, turn_messages
-from tests.unit.domain.journals import call, config, executed, inference, message
+from tests.unit.domain.journals import call, config, executed, inference, message, shielded
 
 ASK = call("ask", "k")
 
@@ -54,6 +54,31 @@ def test_an_input_that_a_step_repeats_is_given_once() -> None:
     """Tool responses in the input, as llama_stack's resumed turns had them."""
     steps = [inference(message(ASK)), executed(ASK)]
     assert turn_messages([said("hi"), answer("k")], steps) == [said("hi"), message(ASK), answer("k")]
+
+
+def test_a_refused_answer_is_told_as_its_refusal() -> None:
+    """In place of all that was said in its turn."""
+    steps = [shielded(), inference(message(ASK)), executed(ASK), inference(message(content="bad")), shielded("no")]
+    assert turn_messages([said("hi")], steps) == [said("hi"), message(content="no")]
+
+
+def test_what_no_input_shield_has_let_pass_is_not_told() -> None:
+    """It was refused, or its turn failed before that; of the current turn it is told, for the shields to judge."""
+    agent = config(input_shields=["guard"])
+    answered = [shielded(), inference(message(content="done"))]
+    past: list[Any] = [([said("bad")], [shielded("no")]), ([said("unknown")], []), ([said("good")], answered)]
+    now: Any = ([said("now")], [])
+    assert conversation(agent, [*past, now]) == [said("good"), message(content="done"), said("now")]
+    assert conversation(config(), [past[1], now]) == [said("unknown"), said("now")]
+
+
+def test_a_client_s_response_that_no_input_shield_has_let_pass_is_not_told() -> None:
+    """Its call is answered as one whose outcome is unknown; a server tool's result is told."""
+    agent, add = config(input_shields=["guard"]), call("add", "a")
+    for asked, told in ((ASK, UNANSWERED), (add, "r")):
+        past = ([said("hi")], [shielded(), inference(message(asked)), executed(asked)])
+        messages = conversation(agent, [past, ([said("now")], [])])
+        assert messages == [said("hi"), message(asked), answer(asked.call_id, told), said("now")]
 
 
 def test_an_open_call_is_answered_before_the_next_message() -> None:
