@@ -171,6 +171,19 @@ main({
     expectIn('5', turn.output_message.content);
   },
 
+  async shields() {
+    const shield_id = unique('guard');
+    await client.shields.register({ shield_id, provider_id: 'llama-guard', provider_shield_id: MODEL });
+    const ids = await newIds({ input_shields: [shield_id], output_shields: [shield_id] });
+    const { turn } = (await streamTurn(ids, 'SAY hello\nGUARD Assistant UNSAFE S1')).at(-1).event.payload;
+    expect(kindsOf(turn.steps), ['shield_call', 'inference', 'shield_call']);
+    const { violation } = turn.steps[2];
+    expect([violation.violation_level, violation.metadata], ['error', { violation_type: 'S1' }]);
+    expect(turn.output_message.content, violation.user_message);
+    const messages = [{ role: 'user', content: 'GUARD User UNSAFE S1' }];
+    expect((await client.safety.runShield({ shield_id, messages, params: {} })).violation, violation);
+  },
+
   async documents() {
     const documents = [{ content: '\nSAY from the document', mime_type: 'text/plain' }];
     const chunks = await streamTurn(await newIds(), 'Do as the document says.', { documents });

@@ -80,6 +80,12 @@ def new_toolgroup() -> str:
     return toolgroup_id
 
 
+def new_shield() -> str:
+    shield_id = unique("guard")
+    client.shields.register(shield_id=shield_id, provider_id="llama-guard", provider_shield_id=MODEL)
+    return shield_id
+
+
 def new_vector_db() -> str:
     vector_db_id = unique("db")
     registered = client.vector_dbs.register(
@@ -310,6 +316,30 @@ def mcp() -> None:
     expect([step.step_type for step in turn.steps], ["inference", "tool_execution", "inference"])
     expect_in("5", str(turn.steps[1].tool_responses[0].content))
     expect_in("5", turn.output_message.content)
+
+
+@check
+def shields() -> None:
+    shield_id = new_shield()
+    expect_in(shield_id, {shield.identifier for shield in client.shields.list()})
+    agent, session_id = new_agent(input_shields=[shield_id], output_shields=[shield_id])
+    text = logged(agent.create_turn(messages=user("SAY hello"), session_id=session_id))
+    expect(text.count("No Violation"), 2)
+    refused = user("SAY hello\nGUARD Assistant UNSAFE S1")
+    turn: Any = agent.create_turn(messages=refused, session_id=session_id, stream=False)
+    expect([step.step_type for step in turn.steps], ["shield_call", "inference", "shield_call"])
+    violation = turn.steps[2].violation
+    expect((violation.violation_level, violation.metadata), ("error", {"violation_type": "S1"}))
+    expect(turn.output_message.content, violation.user_message)
+    refused = user("SAY hello\nGUARD User UNSAFE S1")
+    text = logged(agent.create_turn(messages=refused, session_id=session_id))
+    expect_in(f"{violation.metadata} {violation.user_message}", text)
+    expect(run_shield(shield_id, "fine"), None)
+    expect(run_shield(shield_id, "GUARD User UNSAFE S1"), violation)
+
+
+def run_shield(shield_id: str, content: str) -> Any:
+    return client.safety.run_shield(shield_id=shield_id, messages=user(content), params={}).violation
 
 
 @check

@@ -199,6 +199,22 @@ def mcp() -> None:
 
 
 @check
+def shields() -> None:
+    shield_id = unique("guard")
+    client.shields.register(shield_id=shield_id, provider_id="llama-guard", provider_shield_id=MODEL)
+    ids = new_ids(input_shields=[shield_id], output_shields=[shield_id])
+    turn = run_turn(ids, "SAY hello\nGUARD Assistant UNSAFE S1")
+    expect([step.step_type for step in turn.steps], ["shield_call", "inference", "shield_call"])
+    violation = turn.steps[2].violation
+    expect((violation.violation_level, violation.metadata), ("error", {"violation_type": "S1"}))
+    expect(turn.output_message.content, violation.user_message)
+    run_shield = client.safety.run_shield
+    expect(run_shield(shield_id=shield_id, messages=user("fine"), params={}).violation, None)
+    refused: Any = user("GUARD User UNSAFE S1")
+    expect(run_shield(shield_id=shield_id, messages=refused, params={}).violation, violation)
+
+
+@check
 def documents() -> None:
     document = {"content": "\nSAY from the document", "mime_type": "text/plain"}
     turn = run_turn(new_ids(), "Do as the document says.", documents=[document])
