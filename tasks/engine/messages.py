@@ -14,6 +14,8 @@ from llama_stack.apis.inference import (
 from llama_stack.providers.utils.inference.openai_compat import convert_message_to_openai_dict_new
 from pydantic import BaseModel
 
+from app.domain import arguments
+
 OpenAITool = dict[str, Any]
 
 
@@ -24,7 +26,7 @@ async def chat_request(
     strategy = config.sampling_params.strategy if config.sampling_params else None
     return OpenAIChatCompletionRequestWithExtraBody(
         model=config.model,
-        messages=[_plain(await convert_message_to_openai_dict_new(message)) for message in messages],
+        messages=[await _openai(message) for message in messages],
         tools=list(tools) or None,
         tool_choice=_tool_choice(config) if tools else None,
         response_format=_response_format(config),
@@ -35,6 +37,13 @@ async def chat_request(
         stop=(config.sampling_params.stop or None) if config.sampling_params else None,
         stream=True,
     )
+
+
+async def _openai(message: Message) -> dict[str, Any]:
+    plain: dict[str, Any] = _plain(await convert_message_to_openai_dict_new(message))
+    for call in plain.get("tool_calls") or ():
+        call["function"]["arguments"] = arguments.told(call["function"]["arguments"])
+    return plain
 
 
 def _tool_choice(config: AgentConfig) -> str | dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from llama_stack.providers.inline.agents.meta_reference.responses.utils import _extract_citations_from_text
 from llama_stack.providers.utils.inference.prompt_adapter import interleaved_content_as_str
 
+from app.domain.arguments import parsed
 from app.domain.errors import TurnFailure, Unsealable
 from app.domain.responses.context import SEARCH, WEB_SEARCH
 from app.domain.responses.steps import (
@@ -314,11 +315,9 @@ class ResponseTools:
         if ignored:
             return _failed("This call was not made: max_tool_calls calls were made before.")
         try:
-            arguments = json.loads(call.arguments)
-        except (ValueError, RecursionError) as error:
-            return _failed(f"The arguments are not valid JSON: {error}.")
-        if not isinstance(arguments, dict):
-            return _failed("The arguments are not a JSON object.")
+            arguments = parsed(call.arguments)
+        except ValueError as error:
+            return _failed(str(error))
         limit = self._settings.tool_timeout_seconds
         try:
             async with asyncio.timeout(limit):

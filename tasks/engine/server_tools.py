@@ -6,13 +6,13 @@ Whatever goes wrong in a tool becomes the tool's response: the model can go on f
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import Any
 
 from llama_stack.apis.inference import ToolCall, ToolResponse
 from llama_stack.apis.tools import ToolInvocationResult
 
+from app.domain.arguments import parsed
 from app.domain.decide import tool_name
 from app.settings import Settings
 from tasks.engine import mcp
@@ -46,21 +46,19 @@ class ServerTools:
             known = ", ".join(tool.name for tool in self.resolved.tools) or "none"
             return failed(tool_call, f"There is no tool {tool_name(tool_call)}. Tools: {known}.")
         try:
-            arguments = json.loads(tool_call.arguments)
-        except json.JSONDecodeError as error:
-            return failed(tool_call, f"The arguments are not valid JSON: {error}.")
-        if not isinstance(arguments, dict):
-            return failed(tool_call, "The arguments are not a JSON object.")
+            arguments = parsed(tool_call.arguments)
+        except ValueError as error:
+            return failed(tool_call, str(error))
         limit = self._settings.tool_timeout_seconds
         try:
             async with asyncio.timeout(limit):
                 result = await self._invoke(tool, {**arguments, **tool.args}, key)
+            return self._bounded(_response(tool_call, result), tool_call)
         except TimeoutError:
             return failed(tool_call, f"The tool gave no result within {limit:g} s (TOOL_TIMEOUT_SECONDS).")
         except Exception as error:
             logger.warning("tool %s failed: %s", tool.name, error)
             return failed(tool_call, f"The tool failed: {error}")
-        return self._bounded(_response(tool_call, result), tool_call)
 
     async def _invoke(self, tool: Tool, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
         if tool.is_mcp:

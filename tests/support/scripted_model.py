@@ -40,6 +40,8 @@ A question of Llama Guard's (the prompt that asks for a safety assessment) is a 
 
     UNSAFE S1,S2            says `unsafe` and, on a second line, these categories
 
+A history with a call whose arguments are no JSON object is answered with status 400.
+
 HTTP headers are sent with the first chunk, so DELAY, HOLD and HANG hold them back too, unless a PART goes before.
 Requests with `stream` false get the whole message. `stream_options.include_usage` adds the usage chunk. Any model id
 is accepted. POST /v1/completions takes the script as its `prompt`. Embeddings have `DIMENSIONS` dimensions; texts that
@@ -190,6 +192,17 @@ def guard_script(prompt: str, role: str) -> str:
     last = prompt.rpartition("User: ")[2].split("\n")
     told = [line.partition(f"GUARD {role} ")[2] for line in last if line.startswith(f"GUARD {role} ")]
     return "\n".join([*told, "SAY safe"])
+
+
+def check_history(messages: Sequence[dict[str, Any]]) -> None:
+    """Raises Failed where vLLM does: a call that the history tells of has arguments that are no JSON object."""
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        try:
+            valid = isinstance(json.loads(call["function"]["arguments"]), dict)
+        except (ValueError, RecursionError):
+            valid = False
+        if not valid:
+            raise Failed(400, f"arguments of {call['function']['name']} are no JSON object")
 
 
 # --- answers ---
@@ -381,6 +394,7 @@ class Performance:
         self._answer = answer
 
     async def run(self) -> None:
+        check_history(self._messages)
         script, step = split_conversation(self._messages)
         if judged := _JUDGED.search(script):
             script = guard_script(script, judged[1])

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pydantic_core import from_json
-
+from app.domain import arguments
 from app.domain.events import Event, EventKind, ascii_json
 
 JSON = dict[str, Any]
@@ -31,11 +30,9 @@ def with_object(call: JSON) -> JSON:
 
 def _parsed(text: str) -> JSON | str:
     try:
-        arguments = from_json(text)
-        json.dumps(arguments, allow_nan=False)
+        return arguments.parsed(text)
     except ValueError:
         return text
-    return arguments if isinstance(arguments, dict) else text
 
 
 def with_string(call: Any) -> Any:

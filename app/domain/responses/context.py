@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app.domain.arguments import told
 from app.domain.errors import TurnFailure
 from app.domain.history import UNANSWERED
 from app.domain.responses.steps import ApprovedStep, Call, InferenceStep, Item, Step, ToolStep
@@ -142,7 +143,7 @@ def _function(call: Call) -> Message:
 
 
 def _tool_call(call_id: str, name: str, arguments: str) -> Message:
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": told(arguments or "{}")}}
 
 
 def _of_entries(given: Sequence[Entry], denied: Mapping[str, str | None]) -> Iterator[_Part]:

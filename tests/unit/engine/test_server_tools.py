@@ -102,6 +102,10 @@ async def test_a_result_that_is_too_large_is_an_error(content: Any) -> None:
         ({"name": "code_interpreter"}, "no tool code_interpreter"),
         ({"arguments": "{oops"}, "not valid JSON"),
         ({"arguments": "[1]"}, "not a JSON object"),
+        ({"arguments": '{"a": NaN}'}, "not valid JSON"),
+        ({"arguments": '{"a": 1e999}'}, "not valid JSON"),
+        ({"arguments": '{"a": %s}' % ("9" * 5000)}, "not valid JSON"),
+        ({"arguments": '{"a":' * 100_000 + "1" + "}" * 100_000}, "not valid JSON"),
     ],
 )
 async def test_a_call_that_cannot_be_made_is_answered(given: dict[str, Any], said: str) -> None:
