@@ -26,6 +26,7 @@ SHARE_PROCESSES = (
     "test_openapi.py",
     "test_responses.py",
     "test_shields.py",
+    "test_tool_calls.py",
     "test_turn_pool.py",
     "test_turns.py",
 )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from app.api.validation import plain
 from app.domain import items
@@ -62,6 +62,13 @@ class TextFormat(_Strict):
 class TextConfig(_Strict):
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
+
+
+def _no_guardrails(given: Any) -> Any:
+    """Never as if they were there."""
+    if given:
+        raise ValueError("responses have no guardrails; agents have shields")
+    return given
 
 
 class CreateResponse(BaseModel):
@@ -119,7 +126,7 @@ class CreateResponse(BaseModel):
     service_tier: Literal["auto", "default"] | None = None
     truncation: Literal["disabled"] | None = None
     top_logprobs: Literal[0] | None = None
-    guardrails: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    guardrails: Annotated[list[JsonValue], Field(max_length=0), BeforeValidator(_no_guardrails)] | None = None
 
 
 class FunctionTool(_Strict):

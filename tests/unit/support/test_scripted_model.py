@@ -442,3 +442,23 @@ async def test_an_outage_and_its_end() -> None:
 def test_a_server_that_cannot_start_says_so(model: ScriptedModel) -> None:
     with pytest.raises(RuntimeError, match="did not start"):
         ScriptedModel(port=model.port).start()
+
+
+@pytest.mark.parametrize(("role", "said"), [("User", "safe "), ("Assistant", "unsafe\nS1,S2"), ("Tool", "perhaps ")])
+async def test_a_guard_is_told_by_the_last_user_message(client: openai.AsyncOpenAI, role: str, said: str) -> None:
+    """By the lines for the role that it is to judge; without any, everything is safe."""
+    prompt = (
+        "User: hi\nGUARD User UNSAFE S9\n\nAssistant: ho\n\nUser: SAY x\nGUARD Assistant UNSAFE S1,S2\n"
+        f"GUARD Tool SAY perhaps\n\nProvide your safety assessment for ONLY THE LAST {role} message"
+    )
+    answer = await client.chat.completions.create(model="guard", messages=user(prompt))
+    assert answer.choices[0].message.content == said
+
+
+@pytest.mark.parametrize("arguments", ["{oops", "[1]", ""])
+async def test_a_history_with_arguments_that_are_no_object_is_400(client: openai.AsyncOpenAI, arguments: str) -> None:
+    """As real servers have it whose templates read them."""
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    asked = [*user("SAY hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="no JSON object"):
+        await client.chat.completions.create(model="m", messages=asked)
