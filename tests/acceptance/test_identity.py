@@ -639,6 +639,17 @@ def test_a_name_that_another_has_taken_cannot_be_registered(
     assert ok(alice.get(f"/v1/toolgroups/{belongings.toolgroup_id}"))["mcp_endpoint"]["uri"] == mcp.url
 
 
+def test_anothers_shield_shields_no_agent(alice: httpx.Client, bob: httpx.Client, belongings: Belongings) -> None:
+    """It is as if it were not there."""
+    config = {"model": "scripted", "instructions": "", "input_shields": [belongings.shield_id]}
+    ok(alice.post("/v1/agents", json={"agent_config": config}))
+    denied = bob.post("/v1/agents", json={"agent_config": config})
+    config["input_shields"] = ["nothing"]
+    missing = bob.post("/v1/agents", json={"agent_config": config})
+    assert denied.status_code == 400
+    assert denied.text.replace(belongings.shield_id, "nothing") == missing.text
+
+
 # --- a turn's tools ---------------------------------------------------------------------------------------------------
 
 

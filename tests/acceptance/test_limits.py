@@ -236,6 +236,14 @@ def test_a_model_call_that_takes_too_long_fails_its_turn(agent: Agent) -> None:
 
 
 @pytest.mark.usefixtures("short_times")
+def test_a_guard_that_takes_too_long_fails_its_turn(agent: Agent) -> None:
+    """A question to a guard is a model call; nothing passes because there was no answer."""
+    agent.client.shields.register(shield_id="slow", provider_id="llama-guard", provider_shield_id="second-model")
+    error = error_of(Agent(agent.client, input_shields=["slow"]).turn("SAY x\nGUARD User HANG"))
+    assert (error["code"], "MODEL_CALL_TIMEOUT_SECONDS" in error["message"]) == ("shield_error", True)
+
+
+@pytest.mark.usefixtures("short_times")
 def test_a_turn_that_takes_too_long_fails(patient_agent: Agent, model: ScriptedModel) -> None:
     """Its steps are short, but there are many; what is recorded stays."""
     error = error_of(patient_agent.turn("\n".join('PARTS 2 100\nCALL nothing {"a": 1}' for _ in range(90))))

@@ -40,7 +40,7 @@ A question of Llama Guard's (the prompt that asks for a safety assessment) is a 
 
     UNSAFE S1,S2            says `unsafe` and, on a second line, these categories
 
-A history with a call whose arguments are no JSON object is answered with status 400.
+A history with a call whose arguments are no JSON object, nor empty, is answered with status 400.
 
 HTTP headers are sent with the first chunk, so DELAY, HOLD and HANG hold them back too, unless a PART goes before.
 Requests with `stream` false get the whole message. `stream_options.include_usage` adds the usage chunk. Any model id
@@ -195,10 +195,10 @@ def guard_script(prompt: str, role: str) -> str:
 
 
 def check_history(messages: Sequence[dict[str, Any]]) -> None:
-    """Raises Failed where vLLM does: a call that the history tells of has arguments that are no JSON object."""
+    """Raises Failed where vLLM does: a call that the history tells of has arguments, and they are no JSON object."""
     for call in (call for message in messages for call in message.get("tool_calls") or ()):
         try:
-            valid = isinstance(json.loads(call["function"]["arguments"]), dict)
+            valid = isinstance(json.loads(call["function"]["arguments"] or "{}"), dict)
         except (ValueError, RecursionError):
             valid = False
         if not valid:
