@@ -414,10 +414,14 @@ def turn_shape(row: TurnRow) -> JSON:
 
 
 def _last_message(row: TurnRow) -> JSON:
-    if row.error and row.error["code"] == "shield_error":
-        return shapes.NO_MESSAGE  # nobody has judged it
+    """So far, of a turn without an end, or without a message at its end.
+
+    A message that ends a turn is recorded with that end, unless output shields are still to judge it: it is not shown.
+    """
     messages = [step["model_response"] for step in row.steps if step["step_type"] == "inference"]
-    return {**messages[-1], "tool_calls": []} if messages else shapes.NO_MESSAGE
+    if not messages or messages[-1]["stop_reason"] != "end_of_message":
+        return shapes.NO_MESSAGE
+    return {**messages[-1], "tool_calls": []}
 
 
 def _headers(row: TurnRow) -> dict[str, str]:

@@ -74,8 +74,8 @@ def decide(config: AgentConfig, journal: Sequence[Step], responses: Mapping[int,
     `journal`: the turn's recorded steps, in order. `responses`: the client's tool responses, by the ordinal (index in
     the journal) of the inference step that asked for them.
     """
-    if refusal := _refusal(journal):
-        return Finish(refusal)
+    if refused := _refusal(journal):
+        return Finish(refused)
     ordinal = _last_inference(journal)
     if ordinal is None:
         return _infer(config, journal, shielded=bool(journal))
@@ -85,13 +85,11 @@ def decide(config: AgentConfig, journal: Sequence[Step], responses: Mapping[int,
         return _end(config, journal, ordinal, _settled(message, StopReason.end_of_turn))
     if message.stop_reason == StopReason.out_of_tokens:
         return _end(config, journal, ordinal, _settled(message, StopReason.out_of_tokens))
-    if not message.tool_calls:
-        return (
-            _end(config, journal, ordinal, Finish(message))
-            if message.stop_reason == StopReason.end_of_turn
-            else Infer()
-        )
-    return _after_tool_calls(config, journal, ordinal, responses.get(ordinal))
+    if message.tool_calls:
+        return _after_tool_calls(config, journal, ordinal, responses.get(ordinal))
+    if message.stop_reason == StopReason.end_of_turn:
+        return _end(config, journal, ordinal, Finish(message))
+    return Infer()
 
 
 def _after_tool_calls(

@@ -142,12 +142,23 @@ def test_a_guard_that_fails_lets_nothing_pass(
 
 
 @pytest.mark.pools("turn-pool")
-def test_output_that_could_not_be_judged_is_no_turn_s_message(shielded: Callable[..., Agent]) -> None:
-    """The turn fails, and holds no answer."""
-    agent = shielded()
+def test_output_that_is_not_judged_is_no_turn_s_message(
+    shielded: Callable[..., Agent], model: ScriptedModel, http: httpx.Client
+) -> None:
+    """Neither while the guard thinks, nor when the turn has failed or was cancelled for want of a verdict."""
+    agent, gate = shielded(), uuid.uuid4().hex
+
+    def messages() -> list[str]:
+        turns = agent.client.alpha.agents.session.retrieve(agent.session_id, agent_id=agent.agent_id).turns
+        return [str(turn.output_message.content) for turn in turns]
+
     assert agent.turn("SAY secret\nGUARD Assistant ERR 503 no")[-1].error["code"] == "shield_error"
-    [turn] = agent.client.alpha.agents.session.retrieve(agent.session_id, agent_id=agent.agent_id).turns
-    assert turn.output_message.content == ""
+    body = {"messages": [{"role": "user", "content": f"SAY secret\nGUARD Assistant HOLD {gate}"}], "stream": True}
+    with http.stream("POST", f"{agent.path}/turn", json=body) as stream:
+        model.wait_held(gate)
+        assert messages() == ["", ""]
+        http.post(f"{agent.path}/turn/{stream.headers['x-turn-id']}/cancel")
+    assert messages() == ["", ""]
 
 
 @pytest.mark.pools("turn-pool")
