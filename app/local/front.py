@@ -54,7 +54,8 @@ class Front:
                 await _send(send, block)
             await _end(send)
         finally:
-            await response.aclose()
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
 
     async def _constrained(self, asked: Constraint, send: Send) -> None:
         streams, usage = asked.request.get("stream"), asked.request.get("stream_options") or {}
