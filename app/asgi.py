@@ -51,7 +51,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def registry_changed() -> None:
         await store.run(workers.bump_registry_version)
 
-    stack = create_stack_app(settings, registry_changed)
+    stack = create_stack_app(settings, registry_changed, lambda: registry.keep_current())
+    registry = _Registry(store, stack)
     stop = GracefulStop(settings.web_grace_seconds)
 
     @asynccontextmanager
@@ -59,8 +60,6 @@ def create_app(settings: Settings) -> FastAPI:
         async with AsyncExitStack() as opened:
             app.state.service = await _open(settings, store, opened)
             await opened.enter_async_context(stack_lifespan(stack))
-            follower = asyncio.create_task(_follow_registry(store, stack, settings.upkeep_seconds))
-            opened.callback(follower.cancel)
             settle_memory()
             with stop.on_signals():
                 yield
@@ -108,18 +107,22 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-async def _follow_registry(store: Store, stack: StackApp, every_seconds: float) -> None:
-    """Makes what clients registered through other web processes known to this one."""
-    seen = None
-    while True:
-        try:
-            version = await store.run(workers.registry_version_now)
-            if seen not in (None, version):
-                await stack.refresh_registry()
-            seen = version
-        except Exception as error:
-            logger.warning("the Llama Stack's registry cannot be read, trying again: %s", error)
-        await asyncio.sleep(every_seconds)
+class _Registry:
+    """Makes what clients registered through other web processes known to this one, before a request that may use it."""
+
+    def __init__(self, store: Store, stack: StackApp) -> None:
+        self._store = store
+        self._stack = stack
+        self._seen: int | None = None
+        self._lock = asyncio.Lock()
+
+    async def keep_current(self) -> None:
+        """Raises what Postgres's failure raises: what was known stays."""
+        version = await self._store.run(workers.registry_version_now)
+        async with self._lock:
+            if version != self._seen:
+                await self._stack.refresh_registry()
+                self._seen = version
 
 
 async def _open(settings: Settings, store: Store, opened: AsyncExitStack) -> Service:

@@ -122,7 +122,10 @@ class Settings(BaseSettings):
         default=16_777_216, ge=65_536, description="Bytes of events that one turn may write; it fails beyond."
     )
     document_max_bytes: int = Field(
-        default=1_048_576, ge=1, description="Bytes that a document may have, given or fetched, and its text."
+        default=10_485_760, ge=1, description="Bytes that a document may have, given or fetched."
+    )
+    document_text_max_bytes: int = Field(
+        default=1_048_576, ge=1, description="Bytes that the text of a document may have, as UTF-8."
     )
     fetch_allowed: CommaSeparated = Field(
         default_factory=list,

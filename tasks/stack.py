@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Self
 
+from llama_stack.apis.models import ModelType
 from llama_stack.providers.datatypes import Api
 
 from app.settings import Settings
 from app.stack import library, registry
 from app.stack.config import stack_run_config, worker_run_config
+from app.stack.fetching import Rules
 
 MCP_PROVIDER = "remote::model-context-protocol"
 
@@ -25,8 +27,9 @@ class LlamaStack:
     the last two are None if the configuration does not have them (`vector_io`: a database without pgvector).
     """
 
-    def __init__(self, impls: library.Impls) -> None:
+    def __init__(self, impls: library.Impls, default_embedding_model: str | None = None) -> None:
         self._impls = impls
+        self._default_embedding_model = default_embedding_model
         self.inference: Any = impls[Api.inference]
         self.models: Any = impls[Api.models]
         self.tool_runtime: Any = impls[Api.tool_runtime]
@@ -41,7 +44,9 @@ class LlamaStack:
         Raises SettingsError: Postgres cannot be reached, or `LLAMA_STACK_CONFIG` is wrong.
         """
         config = await asyncio.to_thread(stack_run_config, settings)
-        return cls(await library.start(worker_run_config(config), whole=False))
+        impls = await library.start(worker_run_config(config), Rules.of(settings), whole=False)
+        default = config.vector_stores and config.vector_stores.default_embedding_model
+        return cls(impls, f"{default.provider_id}/{default.model_id}" if default else None)
 
     async def refresh_registry(self) -> None:
         """See what the web process has registered or removed since; safe while turns run.
@@ -61,6 +66,13 @@ class LlamaStack:
         if group.mcp_endpoint is None or provider is None or provider.__provider_spec__.provider_type != MCP_PROVIDER:
             return None
         return str(group.mcp_endpoint.uri)
+
+    async def embedding_model(self) -> str | None:
+        """The default one (`EMBEDDING_MODEL`), or else the first of a run.yaml that has no default; None: there is none."""
+        if self._default_embedding_model:
+            return self._default_embedding_model
+        models = (await self.models.list_models()).data
+        return min((model.identifier for model in models if model.model_type == ModelType.embedding), default=None)
 
     async def close(self) -> None:
         """Close every connection; trouble is logged. The stack cannot be used afterwards."""

@@ -105,8 +105,8 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
     tool_groups = []
     vector_stores = None
     if vectors:
-        providers["vector_io"] = [_pgvector()]
-        providers["tool_runtime"].append(_ours("rag-runtime", "inline::rag-runtime"))
+        providers["vector_io"] = [_pgvector(settings)]
+        providers["tool_runtime"].append(_rag(settings))
         tool_groups.append(ToolGroupInput(toolgroup_id="builtin::rag", provider_id="rag-runtime"))
         vector_stores = VectorStoresConfig(default_embedding_model=_default_embedding_model(settings))
     return StackRunConfig(
@@ -180,8 +180,18 @@ def _default_embedding_model(settings: Settings) -> QualifiedModel:
     return QualifiedModel(provider_id=before, model_id=after)
 
 
-def _pgvector() -> Provider:
-    return _ours("pgvector", "remote::pgvector", persistence={"backend": KEY_VALUE, "namespace": "vector_io::pgvector"})
+def _pgvector(settings: Settings) -> Provider:
+    persistence = {"backend": KEY_VALUE, "namespace": "vector_io::pgvector"}
+    return _ours("pgvector", "remote::pgvector", persistence=persistence, file_max_bytes=settings.document_max_bytes)
+
+
+def _rag(settings: Settings) -> Provider:
+    return _ours(
+        "rag-runtime",
+        "inline::rag-runtime",
+        fetch_allowed=settings.fetch_allowed,
+        document_max_bytes=settings.document_max_bytes,
+    )
 
 
 def _files() -> Provider:

@@ -123,7 +123,7 @@ async def fetch(content: Any, mime_type: str | None, rules: Rules, *, name: str 
         raise _too_large(rules)
     kind, charset = _parsed_type(mime_type)
     name = name or found.name
-    kinds = (kind, found.mime_type, _type_by_name(name))
+    kinds = (kind, found.mime_type, mime_type_by_name(name))
     kind = next((one for one in kinds if one not in _GENERIC_TYPES), UNKNOWN_TYPE)
     return Fetched(found.data, kind, _file_name(name, kind), charset or found.charset)
 
@@ -362,7 +362,8 @@ def _parsed_type(text: str | None) -> tuple[str, str | None]:
     return kind.strip().lower(), named.get("charset")
 
 
-def _type_by_name(name: str) -> str:
+def mime_type_by_name(name: str) -> str:
+    """`application/octet-stream` where nothing is known."""
     extension = PurePosixPath(name).suffix.lower()
     return _TYPES.get(extension) or mimetypes.guess_type(name)[0] or UNKNOWN_TYPE
 

@@ -20,6 +20,9 @@ from typing import Any
 
 import llama_stack.core.routers as routers
 import llama_stack.log
+import llama_stack.providers.inline.tool_runtime.rag.memory as rag
+import llama_stack.providers.utils.inference.openai_mixin as openai_mixin
+import llama_stack.providers.utils.inference.prompt_adapter as prompt_adapter
 import llama_stack.providers.utils.kvstore.postgres as kvstore_postgres
 import llama_stack.providers.utils.telemetry.trace_protocol as trace_protocol
 from llama_stack.core.datatypes import Provider, StackRunConfig
@@ -38,8 +41,9 @@ from llama_stack.core.store.registry import create_dist_registry
 from llama_stack.providers.datatypes import Api
 from llama_stack.providers.utils.sqlstore.sqlalchemy_sqlstore import SqlAlchemySqlStoreImpl
 
-from app.stack import access, postgres, registry
+from app.stack import access, fetching, postgres, registry
 from app.stack.config import MODULE
+from app.stack.fetching import Rules
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +51,14 @@ Impls = dict[Api, Any]
 SHUTDOWN_SECONDS = 5.0
 
 
-async def start(config: StackRunConfig, *, whole: bool) -> Impls:
+async def start(config: StackRunConfig, rules: Rules, *, whole: bool) -> Impls:
     """Start the stack on the running loop; one stack at a time in a process.
 
-    `whole`: with the APIs that only HTTP clients use (prompts, inspect, providers), and with a user's
-    own inference store. Raises whatever a provider raises; nothing is left open then.
+    `rules`: what llama_stack's own code may fetch. `whole`: with the APIs that only HTTP clients use (prompts, inspect,
+    providers), and with a user's own inference store. Raises whatever a provider raises; nothing is left open then.
     """
     _prepare()
+    _fetch_under(rules)
     try:
         return await _start(config, whole=whole)
     except BaseException:
@@ -123,6 +128,21 @@ def _prepare() -> None:
     # The original makes an engine for every table it creates, each of which leaves a connection open for good.
     if SqlAlchemySqlStoreImpl.create_engine.__module__ != postgres.__name__:
         SqlAlchemySqlStoreImpl.create_engine = postgres.shared_engine(SqlAlchemySqlStoreImpl.create_engine)
+
+
+def _fetch_under(rules: Rules) -> None:
+    """Replace what downloads whatever a user names: a document or an image of a user's own providers."""
+
+    async def raw_data_from_doc(document: Any) -> tuple[bytes, str]:
+        found = await fetching.fetch(document.content, document.mime_type, rules)
+        return found.data, found.mime_type
+
+    async def localize_image_content(uri: str) -> tuple[bytes, str]:
+        found = await fetching.fetch_url(uri, rules)
+        return found.data, found.mime_type.rpartition("/")[2]
+
+    rag.raw_data_from_doc = raw_data_from_doc
+    openai_mixin.localize_image_content = prompt_adapter.localize_image_content = localize_image_content
 
 
 async def close_stream(stream: Any) -> None:

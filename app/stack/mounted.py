@@ -36,12 +36,14 @@ from app.domain.errors import Unavailable
 from app.settings import Settings
 from app.stack import access, completions, library, postgres, registry
 from app.stack.config import stack_run_config
+from app.stack.fetching import Rules
 from app.stack.files import with_status
 from app.stack.vector_dbs import ROUTES as VECTOR_DB_ROUTES
-from app.stack.vector_dbs import VectorDBs
+from app.stack.vector_dbs import VectorDBs, with_known_provider
 
 log = logging.getLogger(__name__)
 
+KeepCurrent = Callable[[], Awaitable[None]]
 RegistryHook = Callable[[], Awaitable[None] | None]
 
 _OURS = re.compile(r"/v1(alpha)?/(openai/v1/)?(agents|responses|conversations)(/|$)")
@@ -53,14 +55,18 @@ _REGISTRY = re.compile(
 )
 # A search is a POST below a vector store, and a file below it changes its content, which is not cached.
 _CONTENT = re.compile(r"[^/]+/(search|files|file_batches)(/|$)")
+_NEEDS_NO_REGISTRY = re.compile(r"/v1/(health|version|inspect|providers|files|prompts)(/|$)")
 _ALWAYS_SERVED = {"inspect", "providers", "prompts"}
 
 
 class StackApp(FastAPI):
     """llama_stack's routes. Has none, and answers 404, until `stack_lifespan` has started the stack."""
 
-    def __init__(self, settings: Settings, on_registry_change: RegistryHook | None) -> None:
+    def __init__(
+        self, settings: Settings, on_registry_change: RegistryHook | None, keep_current: KeepCurrent | None
+    ) -> None:
         super().__init__(title="Llama Stack", docs_url=None, redoc_url=None, openapi_url=None)
+        self._keep_current = keep_current
         self.settings = settings
         self.impls: library.Impls = {}
         self.add_exception_handler(RequestValidationError, _failed)
@@ -72,12 +78,25 @@ class StackApp(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if principal := scope.get("principal"):
             scope["user_attributes"] = access.attributes(principal)
+        if scope["type"] == "http" and not _NEEDS_NO_REGISTRY.match(scope["path"]):
+            await self._see_changes()
         await super().__call__(scope, receive, send)
+
+    async def _see_changes(self) -> None:
+        """What other web processes registered or removed: clients do not know which of them they talk to."""
+        if self._keep_current is None:
+            return
+        try:
+            await self._keep_current()
+        except Exception as error:
+            log.warning("the Llama Stack's registry cannot be read, this request goes by what was known: %s", error)
 
     async def complete(
         self, endpoint: completions.Endpoint, body: completions.JSON, *, principal: str, headers: Mapping[str, str]
     ) -> completions.JSON | completions.Begun:
         """A completion or embeddings (`app.stack.completions.ask`)."""
+        if await self.impls[Api.models].get_object_by_identifier("model", str(body.get("model"))) is None:
+            await self._see_changes()
         return await completions.ask(self.impls, endpoint, body, principal=principal, headers=headers)
 
     async def missing_shields(self, names: Sequence[str], principal: str) -> list[str]:
@@ -106,13 +125,16 @@ class StackApp(FastAPI):
         await registry.refresh(self.impls)
 
 
-def create_stack_app(settings: Settings, on_registry_change: RegistryHook | None = None) -> StackApp:
+def create_stack_app(
+    settings: Settings, on_registry_change: RegistryHook | None = None, keep_current: KeepCurrent | None = None
+) -> StackApp:
     """The application to mount; touches no network. Enter `stack_lifespan` on the loop that serves it.
 
     `on_registry_change` is called, and awaited, after a request has changed what is registered and before the client
-    hears of it. If it raises, that is logged and the client still gets its answer.
+    hears of it. If it raises, that is logged and the client still gets its answer. `keep_current` is awaited before a
+    request that may use what is registered; it calls `refresh_registry` if others have changed that.
     """
-    return StackApp(settings, on_registry_change)
+    return StackApp(settings, on_registry_change, keep_current)
 
 
 @asynccontextmanager
@@ -125,14 +147,18 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
     lock = postgres.tables_lock(parameters)
     await asyncio.to_thread(lock.__enter__)
     try:
-        app.impls = await library.start(config, whole=True)
+        app.impls = await library.start(config, Rules.of(app.settings), whole=True)
     finally:
         await asyncio.to_thread(lock.__exit__, None, None, None)
     try:
         app.router.routes[:] = []
         for method, path, api, name in routes(config, app.impls):
             implementation = getattr(app.impls[api], name)
-            _add_route(app, method, path, with_status(implementation) if api == Api.files else implementation)
+            if api == Api.files:
+                implementation = with_status(implementation)
+            if name == "openai_create_vector_store":
+                implementation = with_known_provider(implementation, app.impls[Api.vector_stores])
+            _add_route(app, method, path, implementation)
         if Api.vector_io in app.impls:
             vector_dbs = VectorDBs(app.impls[Api.vector_io], lambda: postgres.tables_lock(parameters))
             for method, path, name in VECTOR_DB_ROUTES:

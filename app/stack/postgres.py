@@ -231,6 +231,20 @@ class KeyValueStore(KVStore):
     async def delete(self, key: str) -> None:
         await self._execute("DELETE FROM {table} WHERE key = %s", (self._prefix + key,))
 
+    async def delete_prefix(self, prefix: str) -> None:
+        """Delete all keys that begin so."""
+        await self._execute("DELETE FROM {table} WHERE starts_with(key, %s)", (self._prefix + prefix,))
+
+    async def swap(self, key: str, old: str, new: str) -> bool:
+        """Set a key that still has the value `old`; False: it has another one by now."""
+        statement = sql.SQL("UPDATE {table} SET value = %s WHERE key = %s AND value = %s").format(table=self._table)
+
+        def work(cursor: Any) -> bool:
+            cursor.execute(statement, (new, self._prefix + key, old))
+            return bool(cursor.rowcount)
+
+        return await asyncio.to_thread(self.connection.run, work)
+
     async def values_in_range(self, start_key: str, end_key: str) -> list[str]:
         return await self._rows(
             "SELECT value FROM {table} WHERE key >= %s AND key < %s "

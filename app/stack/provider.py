@@ -39,7 +39,7 @@ def get_provider_spec() -> list[ProviderSpec]:
             api=Api.tool_runtime,
             provider_type="inline::rag-runtime",
             module="app.stack.retrieval",
-            config_class="llama_stack.providers.inline.tool_runtime.rag.config.RagToolRuntimeConfig",
+            config_class="app.stack.retrieval.RagConfig",
             api_dependencies=[Api.vector_io, Api.inference],
             optional_api_dependencies=[Api.files],
         ),

@@ -73,7 +73,7 @@ async def refresh(impls: dict[Api, Any]) -> None:
         if isinstance(table, ToolGroupsRoutingTable):
             table.toolgroups_to_tools.expire()
         for provider in table.impls_by_provider_id.values():
-            await _forget(provider)
+            _forget(provider)
 
 
 async def _reload(registry: CachedDiskDistributionRegistry) -> None:
@@ -91,9 +91,9 @@ def _parse(value: str) -> Any:
         return None
 
 
-async def _forget(provider: Any) -> None:
+def _forget(provider: Any) -> None:
     if isinstance(provider, VectorStores):
-        await provider.forget()
+        provider.forget()
     elif isinstance(provider, PGVectorVectorIOAdapter):
         provider.cache.clear()
 

@@ -2,14 +2,16 @@
 
 There, clients name their databases themselves, and register them again on each start of a program. 0.3.5 makes up the
 ids of vector stores; save for that, a database made here is a vector store like any other, and each vector store is
-shown as a database.
+shown as a database. Programs also name the provider that their server had (`faiss`, mostly): ours takes its place.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +23,12 @@ from pydantic import BaseModel
 from app.stack import access
 
 KIND = "vector_store"
+
+PROVIDERS = frozenset({
+    "chroma", "chromadb", "faiss", "meta-reference", "milvus", "pgvector", "qdrant", "sqlite-vec", "sqlite_vec",
+    "weaviate",
+})  # fmt: skip
+"""What the distributions of Llama Stack call their providers of vector databases."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -110,7 +118,7 @@ class VectorDBs:
             vector_store_id=vector_db_id,
             embedding_model=model,
             embedding_dimension=dimension or await self._router._get_embedding_model_dimension(model),
-            provider_id=provider_id,
+            provider_id=known_provider(provider_id, self._table),
             provider_vector_store_id=vector_db_id,
             vector_store_name=name,
         )
@@ -130,6 +138,25 @@ class VectorDBs:
         """Delete a database with its content. Raises VectorStoreNotFoundError."""
         await self.get_vector_db(vector_db_id)
         await self._router.openai_delete_vector_store(vector_db_id)
+
+
+def known_provider(provider_id: str | None, table: Any) -> str | None:
+    """The one that there is, in place of one that other servers have and this one has not."""
+    here = list(table.impls_by_provider_id)
+    return here[0] if provider_id in PROVIDERS and provider_id not in here and len(here) == 1 else provider_id
+
+
+def with_known_provider(create: Callable[..., Awaitable[Any]], table: Any) -> Callable[..., Awaitable[Any]]:
+    """`openai_create_vector_store`, whose `provider_id` may be one of these too."""
+
+    @functools.wraps(create)
+    async def call(params: Any) -> Any:
+        if params.model_extra and "provider_id" in params.model_extra:
+            params.model_extra["provider_id"] = known_provider(params.model_extra["provider_id"], table)
+        return await create(params)
+
+    call.__signature__ = inspect.signature(create)  # type: ignore[attr-defined]
+    return call
 
 
 def _shape(store: Any) -> VectorDB:

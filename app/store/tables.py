@@ -7,7 +7,9 @@ models and clients do send.
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     JSON,
+    REAL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -247,6 +249,18 @@ session_items = Table(
     ),
     Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
     UniqueConstraint("session_id", "item_id"),
+)
+
+session_chunks = Table(
+    "session_chunks",
+    metadata,
+    Column("session_id", _Id, ForeignKey("sessions.session_id", ondelete="CASCADE"), primary_key=True),
+    Column("document_id", Text, primary_key=True, comment="The same for a document that is given again"),
+    Column("position", Integer, primary_key=True, comment="In the document"),
+    Column("content", Text, nullable=False),
+    Column("chunk", JSON, nullable=False, comment="Chunk of llama-stack 0.3.5, without its embedding"),
+    Column("embedding", ARRAY(REAL), nullable=False, comment="No `vector`: pgvector may come later, or never"),
+    Column("embedding_model", Text, nullable=False),
 )
 
 registry_version = Table(

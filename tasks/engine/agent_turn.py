@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from llama_stack.apis.agents import AgentConfig, InferenceStep, ShieldCallStep, Step, ToolExecutionStep
+from llama_stack.apis.agents import AgentConfig, Document, InferenceStep, ShieldCallStep, Step, ToolExecutionStep
 from llama_stack.apis.common.content_types import TextContentItem
 from llama_stack.apis.inference import (
     CompletionMessage,
@@ -26,14 +26,16 @@ from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunShi
 from app.domain.events import EventKind
 from app.domain.turns import TurnStatus
 from app.store.claims import Claim, LegEnd
-from tasks.engine import inference, shields, tools
+from tasks.engine import documents, inference, shields, tools
 from tasks.engine.attempt import Attempt, Outcome, Tools
+from tasks.engine.knowledge import Knowledge
 from tasks.engine.ledger import Made, ServerCall
 from tasks.engine.messages import chat_request
 from tasks.engine.server_tools import ServerTools
 
 _steps: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
 _inputs: TypeAdapter[list[Message]] = TypeAdapter(list[UserMessage | ToolResponseMessage])
+_documents: TypeAdapter[list[Document]] = TypeAdapter(list[Document])
 _responses: TypeAdapter[list[ToolResponse]] = TypeAdapter(list[ToolResponse])
 
 
@@ -46,7 +48,8 @@ class AgentTurn(Attempt):
         self._journal: list[Step] = _steps.validate_python(claim.steps)
         self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
         self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
-        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id)
+        self._knowledge = Knowledge(given.stack, given.store, claim.session_id)
+        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id, self._knowledge)
 
     async def _leg(self) -> Outcome:
         await self._resolve()
@@ -75,10 +78,20 @@ class AgentTurn(Attempt):
         request = self._claim.request
         if not (self._config.toolgroups or request.get("toolgroups") or request.get("documents")):
             return
-        limit = self._given.settings.document_max_bytes
-        resolved = await tools.resolve(self._given.stack, self._config, request, limit)
+        resolved = await tools.resolve(self._given.stack, self._config, request)
+        if given := _documents.validate_python(request.get("documents") or []):
+            resolved.context = await self._take_in(given, resolved)
         await self._record(resolved=resolved.model_dump(mode="json"))
         self._server_tools.resolved = resolved
+
+    async def _take_in(self, given: list[Document], resolved: tools.Resolved) -> str:
+        """The turn's documents: made searchable, or as the text that they add to the model's input."""
+        fetched = await documents.fetched(given, self._given.settings)
+        texts = await documents.as_texts(fetched, self._given.settings)
+        if not resolved.searches_documents:
+            return "\n".join(texts)
+        await self._knowledge.insert(given, fetched, texts)
+        return ""
 
     async def _run_shields(self, action: RunShields) -> Outcome | None:
         """One step for all shields of one kind. Raises TurnFailure: one of them failed."""

@@ -16,6 +16,7 @@ from app.domain.arguments import parsed
 from app.domain.decide import tool_name
 from app.settings import Settings
 from tasks.engine import mcp
+from tasks.engine.knowledge import KNOWLEDGE_SEARCH, Knowledge
 from tasks.engine.tools import Resolved, Tool, failed
 from tasks.stack import LlamaStack
 
@@ -25,10 +26,11 @@ logger = logging.getLogger(__name__)
 class ServerTools:
     """Of one attempt. `resolved` is set once the turn's tools are known."""
 
-    def __init__(self, stack: LlamaStack, settings: Settings, session_id: str) -> None:
+    def __init__(self, stack: LlamaStack, settings: Settings, session_id: str, knowledge: Knowledge) -> None:
         self._stack = stack
         self._settings = settings
         self._session_id = session_id
+        self._knowledge = knowledge
         self.resolved = Resolved()
 
     def repeatable(self, tool_call: ToolCall) -> bool:
@@ -63,9 +65,11 @@ class ServerTools:
     async def _invoke(self, tool: Tool, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
         if tool.is_mcp:
             return await self._invoke_mcp(tool, arguments, key)
+        if tool.name == KNOWLEDGE_SEARCH:
+            return await self._knowledge.search(arguments.get("query"), tool.args)
         # The router finds a tool's group in an index that listing it fills: another process may have resolved it.
         await self._stack.tool_groups.list_tools(toolgroup_id=tool.toolgroup_id)
-        kwargs = {"session_id": self._session_id, **arguments}
+        kwargs = {**arguments, "session_id": self._session_id}  # whatever the model says
         return await self._stack.tool_runtime.invoke_tool(tool_name=tool.name, kwargs=kwargs)
 
     async def _invoke_mcp(self, tool: Tool, arguments: dict[str, Any], key: str) -> ToolInvocationResult:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from llama_stack.apis.agents import AgentConfig, AgentToolGroupWithArgs, Document
+from llama_stack.apis.agents import AgentConfig, AgentToolGroupWithArgs
 from llama_stack.apis.inference import ToolCall, ToolResponse
 from pydantic import BaseModel, TypeAdapter
 
 from app.domain.decide import tool_name
 from app.domain.errors import TurnFailure
-from tasks.engine import documents, mcp
+from tasks.engine import mcp
+from tasks.engine.knowledge import KNOWLEDGE_SEARCH
 from tasks.engine.messages import OpenAITool
 from tasks.stack import LlamaStack
 
 READ_ONLY_BUILTINS = frozenset({"knowledge_search", "web_search"})
+
+_NOT_FOR_MODELS = frozenset({"insert_into_memory"})
+"""Listed by `builtin::rag`, and no tool: a call of it is taken for a search."""
 
 OUTCOME_UNKNOWN = (
     "The outcome of this tool call is unknown: the worker was lost while it ran. It was not made again, "
@@ -53,6 +57,11 @@ class Resolved(BaseModel):
     tools: list[Tool] = []
     context: str = ""
 
+    @property
+    def searches_documents(self) -> bool:
+        """Whether the turn's documents are to be searched, rather than read as they are."""
+        return any(tool.name == KNOWLEDGE_SEARCH and not tool.is_mcp for tool in self.tools)
+
     def tool(self, call: ToolCall) -> Tool | None:
         """The tool that a call names."""
         name = tool_name(call)
@@ -60,17 +69,12 @@ class Resolved(BaseModel):
 
 
 Toolgroups = TypeAdapter(list[str | AgentToolGroupWithArgs])
-Documents = TypeAdapter(list[Document])
 
 
-async def resolve(stack: LlamaStack, config: AgentConfig, request: dict[str, Any], document_max_bytes: int) -> Resolved:
-    """Raises TurnFailure: a toolgroup or a document cannot be had."""
+async def resolve(stack: LlamaStack, config: AgentConfig, request: dict[str, Any]) -> Resolved:
+    """Its tools. Raises TurnFailure: a toolgroup cannot be had."""
     toolgroups = Toolgroups.validate_python(request.get("toolgroups") or [])
-    given = Documents.validate_python(request.get("documents") or [])
-    return Resolved(
-        tools=await _resolve_tools(stack, config, toolgroups),
-        context=await documents.as_text(given, document_max_bytes),
-    )
+    return Resolved(tools=await _resolve_tools(stack, config, toolgroups))
 
 
 async def _resolve_tools(
@@ -107,6 +111,7 @@ async def _runtime_tools(stack: LlamaStack, group: str) -> list[dict[str, Any]]:
     return [
         {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema, "is_mcp": False}
         for tool in listed
+        if tool.name not in _NOT_FOR_MODELS
     ]
 
 

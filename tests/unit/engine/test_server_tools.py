@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from llama_stack.apis.inference import ToolCall
 from llama_stack.apis.tools import ToolInvocationResult
 
 from app.settings import Settings
+from tasks.engine.knowledge import Knowledge
 from tasks.engine.mcp import IDEMPOTENCY_KEY
 from tasks.engine.server_tools import ServerTools
 from tasks.engine.tools import Resolved, Tool
@@ -46,15 +47,15 @@ async def called(
         tool_timeout_seconds=timeout_seconds,
         tool_result_max_bytes=max_bytes,
     )
-    server_tools = ServerTools(as_stack(stack), settings, "session")
+    server_tools = ServerTools(as_stack(stack), settings, "session", cast(Knowledge, None))
     server_tools.resolved = Resolved(tools=[known])
     return await server_tools.call(asked, "t:0:0")
 
 
 async def test_a_call_gets_the_session_the_models_and_the_groups_arguments() -> None:
-    """The group's win."""
+    """The group's win, and the session is not the model's to say."""
     stack = Stack()
-    response = await called(stack, arguments='{"a": 1, "b": 2}', tool={"args": {"b": 3}})
+    response = await called(stack, arguments='{"a": 1, "b": 2, "session_id": "x"}', tool={"args": {"b": 3}})
     assert stack.invoked == [("add", {"session_id": "session", "a": 1, "b": 3})]
     assert (response.call_id, response.content, response.metadata) == ("c1", "3", {"m": 1})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
 import pytest
 from llama_stack.apis.agents import AgentConfig
 
@@ -24,9 +23,9 @@ PLAIN: dict[str, Any] = {
 """A tool as it was stored before annotations were kept."""
 
 
-async def resolved(request: dict[str, Any], max_bytes: int = 100, mcp_url: str | None = None, **agent: Any) -> Resolved:
+async def resolved(request: dict[str, Any], mcp_url: str | None = None, **agent: Any) -> Resolved:
     config = AgentConfig(**{"model": "m", "instructions": "", **agent})
-    return await resolve(as_stack(Stack(mcp_url=mcp_url)), config, request, max_bytes)
+    return await resolve(as_stack(Stack(mcp_url=mcp_url)), config, request)
 
 
 def names(given: Resolved) -> list[str]:
@@ -71,8 +70,7 @@ async def test_toolgroups_that_cannot_be_used_fail_the_turn(toolgroups: list[str
 
 async def test_what_was_resolved_is_stored_and_read_back(server: McpServer) -> None:
     """Every attempt offers the same tools."""
-    request = {"documents": [{"content": "text", "mime_type": "text/plain"}]}
-    given = await resolved(request, mcp_url=server.url, toolgroups=["calc/echo", "mcp"])
+    given = await resolved({}, mcp_url=server.url, toolgroups=["calc/echo", "mcp"])
     assert Resolved.model_validate(given.model_dump(mode="json")) == given
 
 
@@ -100,51 +98,6 @@ async def test_what_was_resolved_before_annotations_were_kept_is_read() -> None:
 def test_which_calls_may_be_made_again(given: dict[str, Any], configured: list[str], safe: bool) -> None:
     """Those of builtin tools that read, those whose MCP server says so, those that the operator names."""
     assert Tool(**{**PLAIN, **given}).safe_to_repeat(configured) is safe
-
-
-async def test_documents_become_one_text() -> None:
-    """Given as text, as an item, or to be fetched."""
-    item = {"type": "text", "text": "two"}
-    given = await resolved(
-        {
-            "documents": [
-                {"content": "one", "mime_type": "text/plain"},
-                {"content": item, "mime_type": "application/json"},
-            ]
-        }
-    )
-    assert given.context == "one\ntwo"
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        {"content": "x", "mime_type": "application/pdf"},
-        {"content": {"uri": "file:///etc/passwd"}, "mime_type": "text/plain"},
-        {"content": "é" * 51, "mime_type": "text/plain"},
-        {"content": {"uri": "http://127.0.0.1:1/none"}, "mime_type": "text/plain"},
-        {"content": [{"type": "text", "text": "x"}], "mime_type": "text/plain"},
-    ],
-)
-async def test_a_document_that_cannot_be_had_fails_the_turn(document: dict[str, Any]) -> None:
-    """Its type, its place, its size."""
-    with pytest.raises(TurnFailure) as failure:
-        await resolved({"documents": [document]})
-    assert failure.value.code == "invalid_request"
-
-
-@pytest.mark.parametrize("size", [100, 101])
-async def test_a_fetched_document_is_bounded(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than the limit is read."""
-    transport = httpx.MockTransport(lambda _: httpx.Response(200, text="x" * size))
-    client = httpx.AsyncClient
-    monkeypatch.setattr(httpx, "AsyncClient", lambda **kwargs: client(transport=transport, **kwargs))
-    fetching = resolved({"documents": [{"content": {"uri": "https://x/y"}, "mime_type": "text/plain"}]})
-    if size > 100:
-        with pytest.raises(TurnFailure, match="over 100 bytes"):
-            await fetching
-    else:
-        assert (await fetching).context == "x" * size
 
 
 def test_client_and_server_tools_are_offered_alike() -> None:
