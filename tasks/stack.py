@@ -68,7 +68,7 @@ class LlamaStack:
         return str(group.mcp_endpoint.uri)
 
     async def embedding_model(self) -> str | None:
-        """The default one (`EMBEDDING_MODEL`), or else the first of a run.yaml that has no default; None: there is none."""
+        """The default (`EMBEDDING_MODEL`), or else the first of a run.yaml that has no default; None: there is none."""
         if self._default_embedding_model:
             return self._default_embedding_model
         models = (await self.models.list_models()).data

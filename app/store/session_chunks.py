@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, literal_column, select
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, text
 
 from app.store.tables import session_chunks
 
@@ -25,7 +25,7 @@ class SessionChunk:
 
 
 _OF_SESSION = session_chunks.c.session_id == bindparam("of_session")
-_DISTANCE: ColumnElement[float] = literal_column("embedding::vector <=> CAST(:query AS vector)").label("distance")
+_DISTANCE = text("CAST(embedding AS vector) <=> CAST(:query AS vector) AS distance")
 _QUERY = func.plainto_tsquery("english", bindparam("query"))
 _WORDS = func.to_tsvector("english", session_chunks.c.content)
 _RANK = func.ts_rank(_WORDS, _QUERY).label("rank")
@@ -57,7 +57,7 @@ def nearest(
     connection: Connection, session_id: str, embedding: Sequence[float], limit: int
 ) -> list[tuple[dict[str, Any], float]]:
     """(chunk, cosine distance), the nearest first."""
-    query = select(session_chunks.c.chunk, _DISTANCE).where(_OF_SESSION).order_by("distance").limit(limit)
+    query = select(session_chunks.c.chunk, _DISTANCE).where(_OF_SESSION).order_by(text("distance")).limit(limit)
     asked = {"of_session": session_id, "query": "[" + ",".join(map(str, embedding)) + "]"}
     return [(row.chunk, float(row.distance)) for row in connection.execute(query, asked)]
 

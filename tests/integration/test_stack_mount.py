@@ -483,7 +483,7 @@ async def test_what_the_web_registers_is_usable_on_a_running_worker(settings: Se
 
 def late_store(database_url: str) -> str:
     with administrator(database_url) as cursor:
-        cursor.execute("SELECT value::json ->> 'identifier' FROM llamastack_kvstore WHERE value LIKE '%\"late\"%vs_%'")
+        cursor.execute("SELECT value::json ->> 'identifier' FROM llamastack_kvstore WHERE key LIKE '%pgvector%::vs_%'")
         store: str = cursor.fetchone()[0]
         return store
 

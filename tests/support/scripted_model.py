@@ -45,7 +45,7 @@ A history with a call whose arguments are no JSON object, nor empty, is answered
 HTTP headers are sent with the first chunk, so DELAY, HOLD and HANG hold them back too, unless a PART goes before.
 Requests with `stream` false get the whole message. `stream_options.include_usage` adds the usage chunk. Any model id
 is accepted. POST /v1/completions takes the script as its `prompt`. Embeddings have `DIMENSIONS` dimensions; texts that
-share words are near to each other.
+share words are near to each other; a text with the word `UNEMBEDDABLE` is refused with status 503.
 
 Control: GET /control/requests, /control/open_streams and /control/held/{name}, POST /control/reset and
 /control/release/{name}.
@@ -592,6 +592,8 @@ def _embeddings_body(request: dict[str, Any]) -> dict[str, Any]:
     given = request["input"]
     one = isinstance(given, str) or (given and isinstance(given[0], int))
     texts = [text if isinstance(text, str) else " ".join(map(str, text)) for text in ([given] if one else given)]
+    if any("UNEMBEDDABLE" in text for text in texts):
+        raise Failed(503, "scripted 503")
     vectors: Iterable[list[float] | str] = map(embedding, texts)
     if request.get("encoding_format") == "base64":
         vectors = (base64.b64encode(struct.pack(f"<{DIMENSIONS}f", *embedding(text))).decode() for text in texts)
