@@ -545,14 +545,14 @@ def test_documents_cannot_be_inserted_into_a_store_of_anothers(
 ) -> None:
     """It is 404, as for a store that does not exist."""
     ok(bob.get("/v1/tools", params={"toolgroup_id": "builtin::rag"}))
-    files = f"/v1/vector_stores/{belongings.vector_store_id}/files"
-    before = ok(alice.get(files))
+    search, query = f"/v1/vector_stores/{belongings.vector_store_id}/search", {"query": "mine", "max_num_results": 50}
+    before = ok(alice.post(search, json=query))
     document = {"document_id": "x", "content": "mine", "metadata": {}}
     body = {"documents": [document], "vector_store_id": belongings.vector_store_id}
     assert bob.post("/v1/tool-runtime/rag-tool/insert", json=body).status_code == 404
-    assert ok(alice.get(files)) == before
+    assert ok(alice.post(search, json=query)) == before
     ok(alice.post("/v1/tool-runtime/rag-tool/insert", json=body))
-    assert ok(alice.get(files)) != before
+    assert ok(alice.post(search, json=query)) != before
 
 
 def test_a_file_of_anothers_cannot_be_taken_into_a_store(
