@@ -49,7 +49,8 @@ class RagTools(MemoryToolRuntimeImpl):
 
     async def _insert(self, store: Any, document: RAGDocument, vector_db_id: str, sizes: Any) -> None:
         rules = Rules.allowing(self.config.fetch_allowed, self.config.document_max_bytes)
-        had = await fetch(document.content, document.mime_type, rules, name=document.metadata.get("filename"))
+        name = document.metadata.get("filename")
+        had = await fetch(document.content, document.mime_type, rules, name=str(name) if name else None)
         text = await text_of(had, rules.max_bytes)
         metadata = {"filename": had.name, **document.metadata}
         chunks = await pieces(

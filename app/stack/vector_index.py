@@ -8,6 +8,7 @@ a table is made when its store is registered, and not whenever a process first l
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -79,18 +80,17 @@ class Index(PGVectorIndex):
 
     async def _write(self, before: bytes, chunks: Sequence[Chunk]) -> None:
         """One string of statements, and so one transaction."""
+        statement = before + await asyncio.to_thread(self._insertion, chunks)
+        if statement:
+            await self._execute(statement)
+
+    def _insertion(self, chunks: Sequence[Chunk]) -> bytes:
+        connection: Connection = self.conn
         unique = {chunk.chunk_id: chunk for chunk in chunks}  # one statement may not write a row twice
-
-        def work() -> None:
-            connection: Connection = self.conn
-            with connection.cursor() as cursor:
-                rows = [_row(cursor, *each) for each in unique.items()]
-                if before or rows:
-                    cursor.execute(before + (self._insertion(rows) if rows else b""))
-
-        await self._in_thread(work)
-
-    def _insertion(self, rows: Sequence[bytes]) -> bytes:
+        with connection.cursor() as cursor:
+            rows = [_row(cursor, *each) for each in unique.items()]
+        if not rows:
+            return b""
         columns = "(id, document, embedding, content_text, tokenized_content)"
         into = f"INSERT INTO {self.table_name} {columns} VALUES "  # noqa: S608 (ours)
         return (
@@ -129,7 +129,7 @@ class Index(PGVectorIndex):
         ids = [chunk.chunk_id for chunk in chunks_for_deletion]
         await self._execute(f"DELETE FROM {self.table_name} WHERE id = ANY(%s)", (ids,))  # noqa: S608 (ours)
 
-    async def _execute(self, statement: str, arguments: tuple[Any, ...] | None = None) -> None:
+    async def _execute(self, statement: str | bytes, arguments: tuple[Any, ...] | None = None) -> None:
         connection: Connection = self.conn
         await self._in_thread(lambda: connection.cursor().execute(statement, arguments))
 
@@ -156,8 +156,8 @@ class Index(PGVectorIndex):
 
 def _row(cursor: Any, chunk_id: str, chunk: Chunk) -> bytes:
     """The embedding is in its column, and not in the document as well."""
-    text = interleaved_content_as_str(chunk.content)
-    values = (chunk_id, Json(chunk.model_dump(exclude={"embedding"})), chunk.embedding, text, text)
+    text, numbers = interleaved_content_as_str(chunk.content), json.dumps(chunk.embedding)
+    values = (chunk_id, Json(chunk.model_dump(exclude={"embedding"})), numbers, text, text)
     row: bytes = cursor.mogrify("(%s, %s, %s::vector, %s, to_tsvector('english', %s))", values)
     return row
 

@@ -26,7 +26,6 @@ from llama_stack.apis.vector_io import (
     VectorStoreChunkingStrategyAuto,
     VectorStoreChunkingStrategyStatic,
     VectorStoreDeleteResponse,
-    VectorStoreFileCounts,
     VectorStoreFileDeleteResponse,
     VectorStoreFileLastError,
     VectorStoreFileObject,
@@ -204,7 +203,7 @@ class VectorStores(PGVectorVectorIOAdapter):
             file.last_error = VectorStoreFileLastError(code="server_error", message=str(error))
         # The content is in the store's table, and not in the key-value store as well.
         await self._update_openai_vector_store_file(vector_store_id, file_id, {**file.model_dump(), "filename": name})
-        await self._change_files(vector_store_id, file_id, file.status)
+        await self._count(vector_store_id, file_id, file.status, 1)
         return file
 
     async def _read(self, file_id: str, attributes: Metadata, strategy: Any) -> tuple[str, list[Chunk]]:
@@ -225,10 +224,10 @@ class VectorStores(PGVectorVectorIOAdapter):
     async def openai_delete_vector_store_file(
         self, vector_store_id: str, file_id: str
     ) -> VectorStoreFileDeleteResponse:
-        await self.openai_retrieve_vector_store_file(vector_store_id, file_id)
+        file = await self.openai_retrieve_vector_store_file(vector_store_id, file_id)
         await self.replace_document(vector_store_id, file_id, [])
         await self._delete_openai_vector_store_file_from_storage(vector_store_id, file_id)
-        await self._change_files(vector_store_id, file_id, None)
+        await self._count(vector_store_id, file_id, file.status, -1)
         return VectorStoreFileDeleteResponse(id=file_id, deleted=True)
 
     async def _load_openai_vector_store_file_contents(self, store_id: str, file_id: str) -> list[Metadata]:
@@ -236,17 +235,16 @@ class VectorStores(PGVectorVectorIOAdapter):
         contents: list[Metadata] = await store.index.document(file_id)
         return contents
 
-    async def _change_files(self, store_id: str, file_id: str, status: str | None) -> None:
-        """Enter a file among the store's, or with None remove it; other processes do the same at this moment."""
+    async def _count(self, store_id: str, file_id: str, status: str, change: int) -> None:
+        """Enter a file among the store's (1), or take it out (-1); other processes do the same at this moment."""
         key = f"{OPENAI_VECTOR_STORES_PREFIX}{store_id}"
         while stored := await self.kvstore.get(key):
             info = json.loads(stored)
-            info["file_ids"] = [each for each in info["file_ids"] if each != file_id] + ([file_id] if status else [])
-            states = [
-                (await self._load_openai_vector_store_file(store_id, each)).get("status") for each in info["file_ids"]
-            ]
-            counts = {name: states.count(name) for name in ("cancelled", "completed", "failed", "in_progress")}
-            info["file_counts"] = VectorStoreFileCounts(**counts, total=len(states)).model_dump()
+            if (file_id in info["file_ids"]) == (change > 0):
+                return
+            info["file_ids"] = [each for each in info["file_ids"] if each != file_id] + [file_id] * (change > 0)
+            for name in (status, "total"):
+                info["file_counts"][name] += change
             if await self.kvstore.swap(key, stored, json.dumps(info)):
                 self.openai_vector_stores[store_id] = info
                 return
