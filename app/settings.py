@@ -7,6 +7,7 @@ module by `caravan settings --markdown`.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import os
 import re
 import sys
@@ -219,6 +220,17 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator("fetch_allowed")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            if not _is_network(entry) and (entry.startswith(":") or "/" in entry or " " in entry):
+                raise ValueError(
+                    f"must be hosts (`wiki.internal`, `127.0.0.1:9000`) and networks (`10.1.0.0/16`), comma-separated; "
+                    f"{entry!r} is neither"
+                )
+        return value
+
     @field_validator("api_keys")
     @classmethod
     def _hashed(cls, value: list[str]) -> list[str]:
@@ -298,6 +310,14 @@ class Settings(BaseSettings):
         """The broker's URL in Celery's spelling (`redis+socket://` for a Unix socket)."""
         url = (self.celery_broker_url or self.redis_url).get_secret_value()
         return url.replace("unix://", "redis+socket://", 1) if url.startswith("unix://") else url
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
 
 
 def sqlalchemy_url(text: str) -> URL:

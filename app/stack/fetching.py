@@ -17,7 +17,7 @@ import re
 import socket
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -27,7 +27,6 @@ from urllib.parse import unquote_to_bytes
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from llama_stack.apis.common.content_types import URL, ImageContentItem, TextContentItem
-from multidict import CIMultiDictProxy
 from yarl import URL as HTTPURL
 
 from app.settings import Settings
@@ -296,7 +295,7 @@ async def _body(response: aiohttp.ClientResponse, rules: Rules) -> bytes:
     return bytes(body)
 
 
-def _inflate(headers: CIMultiDictProxy[str]) -> Any:
+def _inflate(headers: Mapping[str, str]) -> Any:
     encoding = headers.get("Content-Encoding", "identity").lower()
     if encoding in ("", "identity"):
         return None

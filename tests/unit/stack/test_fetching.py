@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 from llama_stack.apis.common.content_types import URL, ImageContentItem, TextContentItem
+from llama_stack.apis.tools import RAGDocument
+from llama_stack.providers.inline.tool_runtime.rag import memory
+from llama_stack.providers.utils.inference import openai_mixin, prompt_adapter
 
-from app.stack import fetching
+from app.settings import Settings
+from app.stack import fetching, library
 from app.stack.fetching import Fetched, FetchError, Rules, fetch, fetch_url
 from tests.support.tls import make_certificate
 
@@ -198,6 +202,14 @@ async def test_a_name_in_the_setting_is_allowed_wherever_it_is(
     assert REFUSED in await refusal(f"http://wiki.internal:{server.port}/", allowing("wiki.internal:1"))
 
 
+@pytest.mark.parametrize("wrong", ["http://wiki", "10.0.0.0/33", "wiki/docs", ":80"])
+def test_a_wrong_entry_of_the_setting_is_told(wrong: str) -> None:
+    with pytest.raises(ValueError, match="must be hosts"):
+        Settings(_env_file=None, database_url="postgresql://x", fetch_allowed=wrong)
+    right = Settings(_env_file=None, database_url="postgresql://x", fetch_allowed="wiki, [::1]:80,10.0.0.0/8, ::1,a:1")
+    assert len(right.fetch_allowed) == 5
+
+
 async def test_proxies_of_the_environment_are_not_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would resolve the name themselves."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
@@ -221,6 +233,22 @@ async def test_a_certificate_must_be_the_names(
     assert (await fetch_url(f"https://localhost:{server.port}/", rules)).data == b"<p>camels"
     monkeypatch.undo()
     assert "certificate" in await refusal(f"https://127.0.0.1:{server.port}/", rules)
+
+
+async def test_llama_stacks_own_downloads_go_by_the_rules(server: Server) -> None:
+    """Documents and images of providers that a run.yaml brings."""
+    library._fetch_under(allowing(f"127.0.0.1:{server.port}"))
+    document = RAGDocument(document_id="d", content=URL(uri=f"{server.url}/page"))
+    assert await memory.raw_data_from_doc(document) == (b"<p>camels", "text/html")
+    refused = "http://169.254.169.254/latest"
+    for fetching_it in (
+        memory.raw_data_from_doc(RAGDocument(document_id="d", content=URL(uri=refused))),
+        prompt_adapter.localize_image_content(refused),
+        prompt_adapter.convert_image_content_to_url(ImageContentItem(image={"url": URL(uri=refused)}), download=True),
+        openai_mixin.localize_image_content("file:///etc/passwd"),
+    ):
+        with pytest.raises(FetchError):
+            await fetching_it
 
 
 # --- how much ---------------------------------------------------------------------------------------------------------
