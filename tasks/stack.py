@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Self
 
+from llama_stack.apis.tools import ToolInvocationResult
 from llama_stack.providers.datatypes import Api
 
 from app.settings import Settings
@@ -61,6 +62,15 @@ class LlamaStack:
         if group.mcp_endpoint is None or provider is None or provider.__provider_spec__.provider_type != MCP_PROVIDER:
             return None
         return str(group.mcp_endpoint.uri)
+
+    async def call_tool(self, toolgroup_id: str, name: str, arguments: dict[str, Any]) -> ToolInvocationResult:
+        """Of this toolgroup: `tool_runtime` calls what has the name in any that the principal sees.
+
+        Raises ValueError: there is no such toolgroup; and what its provider raises.
+        """
+        provider = await self.tool_groups.get_provider_impl(toolgroup_id)
+        result: ToolInvocationResult = await provider.invoke_tool(tool_name=name, kwargs=arguments)
+        return result
 
     async def close(self) -> None:
         """Close every connection; trouble is logged. The stack cannot be used afterwards."""

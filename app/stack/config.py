@@ -28,6 +28,7 @@ from llama_stack.core.storage.datatypes import (
     SqlStoreReference,
     StorageConfig,
 )
+from pydantic import SecretStr
 
 from app.settings import MINILM, Settings, SettingsError
 from app.stack import postgres
@@ -99,10 +100,12 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
         "safety": [_ours("llama-guard", "inline::llama-guard")],
         "files": [_files()],
         "tool_runtime": [
-            Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={})
+            Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={}),
+            *_web_search(settings),
         ],
     }
-    tool_groups = []
+    search = f"{settings.web_search_provider}-search"
+    tool_groups = [ToolGroupInput(toolgroup_id="builtin::websearch", provider_id=search)]
     vector_stores = None
     if vectors:
         providers["vector_io"] = [_pgvector()]
@@ -178,6 +181,17 @@ def _default_embedding_model(settings: Settings) -> QualifiedModel:
     """Of vector stores that name none. Not necessarily a provider: what stands before the id's first slash."""
     before, _, after = _qualified(settings).partition("/")
     return QualifiedModel(provider_id=before, model_id=after)
+
+
+def _web_search(settings: Settings) -> list[Provider]:
+    """All three, so that a process with an older setting can use the toolgroup as a newer one has registered it."""
+    found = []
+    for name in ("tavily", "brave", "bing"):
+        key: SecretStr | None = getattr(settings, f"{name}_search_api_key")
+        url = settings.web_search_url if name == settings.web_search_provider else None
+        config = {"api_key": key.get_secret_value() if key else None} | ({"url": url} if url else {})
+        found.append(_ours(f"{name}-search", f"remote::{name}-search", **config))
+    return found
 
 
 def _pgvector() -> Provider:

@@ -46,9 +46,10 @@ class AgentTurn(Attempt):
         self._journal: list[Step] = _steps.validate_python(claim.steps)
         self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
         self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
-        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id)
+        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id, self._mcp)
 
     async def _leg(self) -> Outcome:
+        self._server_tools.secrets = self._secrets
         await self._resolve()
         while True:
             if handed := await self._between_steps():
@@ -76,7 +77,7 @@ class AgentTurn(Attempt):
         if not (self._config.toolgroups or request.get("toolgroups") or request.get("documents")):
             return
         limit = self._given.settings.document_max_bytes
-        resolved = await tools.resolve(self._given.stack, self._config, request, limit)
+        resolved = await tools.resolve(self._given.stack, self._config, request, limit, self._server_tools.listed)
         await self._record(resolved=resolved.model_dump(mode="json"))
         self._server_tools.resolved = resolved
 
