@@ -30,6 +30,7 @@ IDEMPOTENCY_KEY = "caravan/idempotencyKey"
 """The member of a call's `_meta` that is the same for every attempt of the call, and different for every other call."""
 
 LIST_SECONDS = 30
+MAX_PAGES = 50
 OPEN_SECONDS = 30
 WATCH_SECONDS = 10
 """Between two looks at a server that has not answered a call."""
@@ -65,6 +66,8 @@ class Connections:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._sessions: dict[tuple[str, frozenset[tuple[str, str]]], Session] = {}
+        self._left: list[Session] = []
+        """Not asked any more, though calls may be under way there."""
 
     async def list_tools(self, server: Server) -> list[types.Tool]:
         """All tools of a server. Raises TimeoutError, ConnectionError, McpError, ValueError."""
@@ -100,26 +103,27 @@ class Connections:
 
     def _forget(self, session: Session) -> None:
         for key in [key for key, known in self._sessions.items() if known is session]:
-            del self._sessions[key]
-        session.close()
+            self._left.append(self._sessions.pop(key))
 
     def close(self) -> None:
         """Ends all sessions; the servers are told behind our back."""
-        for session in self._sessions.values():
+        for session in [*self._sessions.values(), *self._left]:
             session.close()
         self._sessions.clear()
+        self._left.clear()
 
 
 async def _all_tools(session: Session) -> list[types.Tool]:
     found: list[types.Tool] = []
     params = None
-    while True:
+    for _ in range(MAX_PAGES):
         request = types.ListToolsRequest(params=params)
         page = await session.ask(types.ClientRequest(request), types.ListToolsResult)
         found += page.tools
         if not page.nextCursor:
             return found
         params = types.PaginatedRequestParams(cursor=page.nextCursor)
+    raise ValueError(f"the MCP server lists its tools on over {MAX_PAGES} pages")
 
 
 async def _called(name: str, arguments: dict[str, Any], key: str, session: Session) -> types.CallToolResult:

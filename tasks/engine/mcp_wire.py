@@ -68,9 +68,9 @@ class Wire(httpx.AsyncClient):
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
         message = _message(request)
-        failure = self._expected.get(message.get("id", -1))
-        is_notification = "method" in message and "id" not in message
-        if failure is None and not is_notification:
+        asks = "method" in message and "id" in message
+        failure = self._expected.get(message["id"]) if asks else None
+        if failure is None and (asks or not message):
             return self._limited(await super().send(request, **options), None)
         try:
             response = await super().send(request, **options)
@@ -80,7 +80,7 @@ class Wire(httpx.AsyncClient):
             return self._limited(response, failure)
         except (httpx.RequestError, ConnectionError) as error:
             if failure is None:
-                logger.debug("an MCP server did not take a notification: %s", type(error).__name__)
+                logger.debug("an MCP server did not take a notification or an answer: %s", type(error).__name__)
             else:
                 _fail(failure, reason(error))
             # To the transport it is an answer that is still to come.

@@ -338,6 +338,22 @@ def test_a_resume_may_bring_another_key(system: System, search: SearchServer, mo
     assert [one["key"] for one in search.searches()] == ["tvly-first", "tvly-second"]
 
 
+def test_secrets_that_cannot_be_opened_fail_the_turn(system: System, model: ScriptedModel) -> None:
+    """They were sealed with another key, or for another turn; an operator is told where to look."""
+    with system.client(tavily_search_api_key="tvly-x") as client:
+        agent = Agent(client, client_tools=[ASK])
+        turn = agent.turn("CALL ask_user | SAY done")[-1].event.payload.turn
+        system.run("UPDATE turns SET sealed = decode('00', 'hex') WHERE turn_id = :id", id=turn.turn_id)
+        [call] = turn.output_message.tool_calls
+        answer: Any = [{"call_id": call.call_id, "tool_name": "ask_user", "content": "go on"}]
+        with LlamaStackClient(base_url=system.url, max_retries=0) as plain:
+            ids: Any = {"agent_id": agent.agent_id, "session_id": agent.session_id, "tool_responses": answer}
+            *_, last = plain.alpha.agents.turn.resume(turn.turn_id, **ids, stream=True)
+    error: Any = last
+    assert error.error["code"] == "internal_error"
+    assert "SEALING_KEYS" in error.error["message"]
+
+
 def test_another_key_does_not_make_another_request(system: System, search: SearchServer, model: ScriptedModel) -> None:
     """A token may have been renewed before a client tries again: the turn is the first one, with its key."""
     with system.client() as client, httpx.Client(base_url=system.url, timeout=30) as http:

@@ -168,12 +168,15 @@ async def test_a_request_that_fails_is_one_calls_failure(
 async def test_a_call_of_a_session_that_the_server_has_forgotten_is_made_in_another(
     server: McpServer, connections: Connections
 ) -> None:
-    """404 says so (MCP's transports), and that the call was not begun with."""
+    """404 says so (MCP's transports), and that the call was not begun with. One that is under way goes on."""
     there = Server(server.url)
-    await connections.call_tool(there, "count", {"key": "a"}, "key")
+    held = asyncio.create_task(connections.call_tool(there, "order", {"key": "a", "hold": "gate"}, "key"))
+    await asyncio.to_thread(server.wait_held, "gate")
     server.refuse_next(404)
-    await connections.call_tool(there, "count", {"key": "a"}, "key")
-    assert (server.counts(), server.sessions()) == ({"a": 2}, 2)
+    await connections.call_tool(there, "count", {"key": "b"}, "key")
+    assert (server.counts(), server.sessions()) == ({"a": 1, "b": 1}, 2)
+    server.release("gate")
+    assert [item.text for item in (await held).content] == ["a"]
 
 
 @both_transports
