@@ -397,10 +397,10 @@ def test_what_is_no_provider_data_is_refused(system: System) -> None:
             assert http.post(system.without_sealing + path, json=body, headers=none).status_code == 200
 
 
-def _held(agent: Agent, posting: ThreadPoolExecutor, model: ScriptedModel, gate: str) -> str:
+def _held(agent: Agent, posting: ThreadPoolExecutor, model: ScriptedModel, gate: str, then: str) -> str:
     """A turn that is running, and waits in the model; its id."""
     before = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}").json()["turns"]}
-    posting.submit(agent.turn, f"HOLD {gate} | SAY done")
+    posting.submit(agent.turn, f"HOLD {gate} | {then}")
     model.wait_held(gate)
     after = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}").json()["turns"]}
     [turn_id] = after - before
@@ -419,13 +419,12 @@ def test_secrets_are_gone_when_the_turn_has_ended(system: System, model: Scripte
     with system.client(tavily_search_api_key="tvly-x") as client, ThreadPoolExecutor(2) as posting:
         agent, gate = Agent(client, client_tools=[ASK]), uuid.uuid4().hex
         runs = way in ("completed", "failed", "cancelled", "timed out")
-        turn_id = _held(agent, posting, model, gate) if runs else _awaiting(agent)
+        then = "ERR 400 no" if way == "failed" else "SAY done"
+        turn_id = _held(agent, posting, model, gate, then) if runs else _awaiting(agent)
         assert system.column(turn_id, "sealed")
         path = f"{system.url}{agent.path}"
-        if way == "completed":
+        if way in ("completed", "failed"):
             model.release(gate)
-        elif way == "failed":
-            model.restart()
         elif way.startswith("cancelled"):
             httpx.post(f"{path}/turn/{turn_id}/cancel").raise_for_status()
         elif way in ("timed out", "waited"):
