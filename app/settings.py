@@ -147,6 +147,21 @@ class Settings(BaseSettings):
         "flight when its worker died is made again, whatever their MCP server says of them.",
     )
 
+    # Web search
+    web_search_provider: Literal["tavily", "brave", "bing"] = Field(
+        default="tavily", description="Who searches the web for the toolgroup `builtin::websearch`."
+    )
+    web_search_url: str | None = Field(
+        default=None, description="Base of that provider's API, for a proxy or a compatible server. Empty: its own."
+    )
+    tavily_search_api_key: SecretStr | None = Field(
+        default=None,
+        description="Tavily's key; only workers need it. Empty: requests bring their own (`tavily_search_api_key` in "
+        "`X-LlamaStack-Provider-Data`), which goes first anyway.",
+    )
+    brave_search_api_key: SecretStr | None = Field(default=None, description="The same of Brave.")
+    bing_search_api_key: SecretStr | None = Field(default=None, description="The same of Bing.")
+
     # Leases
     lease_seconds: float = Field(
         default=6, gt=0, description="Seconds after its last renewal at which a worker counts as dead."
@@ -257,12 +272,19 @@ class Settings(BaseSettings):
                 )
         return value
 
-    @field_validator("inference_url", "embedding_url")
+    @field_validator("inference_url", "embedding_url", "web_search_url")
     @classmethod
-    def _http(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
+    def _http(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
-        return value.rstrip("/")
+        return value.rstrip("/") if value else None
+
+    @field_validator("tavily_search_api_key", "brave_search_api_key", "bing_search_api_key")
+    @classmethod
+    def _sendable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("must be printable ASCII without spaces")
+        return value
 
     @field_validator("database_url")
     @classmethod

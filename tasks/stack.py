@@ -10,6 +10,7 @@ import asyncio
 from typing import Any, Self
 
 from llama_stack.apis.models import ModelType
+from llama_stack.apis.tools import ToolInvocationResult
 from llama_stack.providers.datatypes import Api
 
 from app.settings import Settings
@@ -73,6 +74,15 @@ class LlamaStack:
             return self._default_embedding_model
         models = (await self.models.list_models()).data
         return min((model.identifier for model in models if model.model_type == ModelType.embedding), default=None)
+
+    async def call_tool(self, toolgroup_id: str, name: str, arguments: dict[str, Any]) -> ToolInvocationResult:
+        """Of this toolgroup: `tool_runtime` calls what has the name in any that the principal sees.
+
+        Raises ValueError: there is no such toolgroup; and what its provider raises.
+        """
+        provider = await self.tool_groups.get_provider_impl(toolgroup_id)
+        result: ToolInvocationResult = await provider.invoke_tool(tool_name=name, kwargs=arguments)
+        return result
 
     async def close(self) -> None:
         """Close every connection; trouble is logged. The stack cannot be used afterwards."""

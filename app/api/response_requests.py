@@ -6,7 +6,6 @@ Source: OpenAI's API reference for `POST /responses`, the parameters of the curr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,12 +16,16 @@ from app.domain import items
 from app.domain.errors import InvalidRequest
 from app.domain.items import Item
 from app.domain.responses.decide import MAX_INFER_ITERS
+from app.identity.secrets import sendable
 
 SUPPORTED_INCLUDES = {
     "file_search_call.results",
     "message.input_image.image_url",  # an image is always given with its URL
     "reasoning.encrypted_content",  # a reasoning is always given whole
 }
+SECRETS_OF_TOOLS = {"headers", "authorization"}
+"""Members of an `mcp` tool that are not stored with the request."""
+
 _Words = Annotated[str, Field(max_length=512)]
 
 
@@ -183,8 +186,6 @@ _TOOLS: dict[str, type[BaseModel]] = {
 _ECHOED: dict[str, dict[str, Any]] = {"function": {"parameters": None, "strict": None}, "mcp": {"allowed_tools": None}}
 """Fields that readers expect of a tool in a response."""
 _ONCE = ("file_search", "web_search")
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"([!-~]([ -~\t]*[!-~])?)?")
 
 
 def stored_request(body: CreateResponse) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
@@ -267,7 +268,7 @@ def _tools(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str,
                 headers[checked.server_label] = own
         if isinstance(checked, FunctionTool) and any(each.get("name") == checked.name for each in found):
             raise items.refused(f"tools[{index}].name", f"{checked.name!r} is there twice")
-        stored = checked.model_dump(mode="json", exclude={"headers", "authorization"}, exclude_unset=True)
+        stored = checked.model_dump(mode="json", exclude=SECRETS_OF_TOOLS, exclude_unset=True)
         kinds = [each["type"].split("_20")[0].removesuffix("_preview") for each in (*found, stored)]
         if any(kinds.count(kind) > 1 for kind in _ONCE):
             raise items.refused(f"tools[{index}].type", f"{stored['type']} is there twice")
@@ -287,7 +288,7 @@ def _headers(tool: McpTool, where: str) -> dict[str, str]:
     """Raises InvalidRequest: one that cannot be sent. The message does not show it."""
     bearer = {"Authorization": f"Bearer {tool.authorization}"} if tool.authorization else {}
     for name, value in ((tool.headers or {}) | bearer).items():
-        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+        if not sendable({name: value}):
             field = "authorization" if bearer.get(name) == value else "headers"
             raise items.refused(f"{where}.{field}", "this cannot be sent as a header")
     return (tool.headers or {}) | bearer

@@ -23,10 +23,10 @@ from app.api.compat.version import is_llama_stack, is_ogx
 from app.api.conversations import ItemList
 from app.api.documentation import event_stream, header_docs, refusals
 from app.api.errors import answers, failure_status
-from app.api.response_requests import CreateResponse, check_includes, stored_request
+from app.api.response_requests import SECRETS_OF_TOOLS, CreateResponse, check_includes, stored_request
 from app.api.service import JSON, CurrentService, Owner, Service
 from app.api.sse import TurnStream
-from app.api.turns import IdempotencyKey, cancelled, request_hash, resolved
+from app.api.turns import IdempotencyKey, ProviderData, cancelled, request_hash, resolved
 from app.api.validation import includes
 from app.domain import events
 from app.domain.error_bodies import openai_error
@@ -36,7 +36,7 @@ from app.domain.items import session_of_conversation
 from app.domain.responses import shape
 from app.domain.responses.events import ResponseEvent, event
 from app.domain.turns import ENDED, TurnStatus
-from app.identity.sealing import Sealing
+from app.identity.secrets import Secrets
 from app.store import admission, responses
 from app.store.admission import Accepted, ResponseSubmission
 from app.store.responses import ResponseRow
@@ -75,6 +75,7 @@ async def create_response(
     request: Request,
     service: CurrentService,
     owner: Owner,
+    brought: ProviderData,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> Response:
@@ -83,7 +84,7 @@ async def create_response(
     With `background` it is answered at once, as `queued`. Any stream can be resumed by
     `GET /responses/{response_id}?stream=true&starting_after=N`.
     """
-    asked = _submission(service, owner, body, idempotency_key, x_stainless_retry_count > 0)
+    asked = _submission(service, owner, body, brought, idempotency_key, x_stainless_retry_count > 0)
     accepted = await _accept(service, asked)
     if accepted.is_new:
         await service.ring(accepted.turn_id, request.headers.get("traceparent"))
@@ -100,7 +101,12 @@ async def create_response(
 
 
 def _submission(
-    service: Service, owner: str, body: CreateResponse, idempotency_key: str | None, is_retry: bool
+    service: Service,
+    owner: str,
+    body: CreateResponse,
+    brought: dict[str, Any],
+    idempotency_key: str | None,
+    is_retry: bool,
 ) -> ResponseSubmission:
     """Raises InvalidRequest, NotFound."""
     turn_id = str(uuid.uuid4())
@@ -112,19 +118,24 @@ def _submission(
         session_id=session_of_conversation(conversation) if conversation is not None else str(uuid.uuid4()),
         in_conversation=conversation is not None,
         request=request,
-        request_hash=request_hash(
-            "response", owner, body.model_dump(mode="json", exclude={"stream", "stream_options"})
-        ),
+        request_hash=request_hash("response", owner, _asked_for(body)),
         caps=service.caps,
         opening=_opening(turn_id, request),
         previous_turn_id=_previous(body.previous_response_id),
         stored=body.store is not False,
-        sealed=Sealing(service.settings.sealing_keys).seal({"mcp_headers": mcp_headers}, turn_id)
-        if mcp_headers
-        else None,
+        sealed=service.sealed(Secrets(brought, mcp_headers), turn_id),
         idempotency_key=idempotency_key,
         is_retry=is_retry,
     )
+
+
+def _asked_for(body: CreateResponse) -> JSON:
+    """What makes a request the same one when it is sent again."""
+    asked = body.model_dump(mode="json", exclude={"stream", "stream_options"})
+    for tool in asked["tools"] or ():
+        for name in SECRETS_OF_TOOLS:
+            tool.pop(name, None)
+    return asked
 
 
 def _previous(response_id: str | None) -> str | None:

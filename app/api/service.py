@@ -15,6 +15,8 @@ from app.domain.events import Event, EventId
 from app.domain.turns import TurnStatus
 from app.endings import CANCELLED, Endings
 from app.events.follow import Relay
+from app.identity.sealing import Sealing
+from app.identity.secrets import Secrets
 from app.settings import Settings
 from app.store import Store, turns
 from app.store.admission import Caps
@@ -54,6 +56,10 @@ class Service:
             await asyncio.to_thread(self.endings.announce, ended)
         if interrupted:
             await asyncio.to_thread(self.endings.log.ask_to_cancel, interrupted)
+
+    def sealed(self, secrets: Secrets, turn_id: str) -> bytes | None:
+        """None: there are none. Raises InvalidRequest: SEALING_KEYS is not set."""
+        return secrets.sealed(Sealing(self.settings.sealing_keys), turn_id)
 
     @property
     def caps(self) -> Caps:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from llama_stack.apis.agents import AgentStepResponse, AgentToolGroup, Document, Turn
 from llama_stack.apis.inference import ToolConfig, ToolResponse, ToolResponseMessage, UserMessage
@@ -28,6 +28,7 @@ from app.domain import shapes
 from app.domain.errors import Conflict, InvalidRequest, NotFound, OutcomeUnknown, TurnFailure, Unavailable
 from app.domain.events import START, Event, EventId
 from app.domain.turns import ENDED, MultitaskStrategy, TurnStatus
+from app.identity.secrets import Secrets, provider_data
 from app.store import admission, agents, turns
 from app.store.admission import Accepted, Resumption, Submission
 from app.store.turns import TurnRow
@@ -119,6 +120,22 @@ IdempotencyKey = Annotated[
 RetryCount = Annotated[int, Header(include_in_schema=False)]
 
 
+async def _provider_data(
+    x_llamastack_provider_data: Annotated[
+        str | None,
+        Header(
+            description="A JSON object: keys for the turn's tools (`tavily_search_api_key`, …), and `mcp_headers` by "
+            "the URL of their MCP server. Sealed until the turn ends.",
+            examples=['{"tavily_search_api_key": "tvly-…"}'],
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    return provider_data(x_llamastack_provider_data)
+
+
+ProviderData = Annotated[dict[str, Any], Depends(_provider_data)]
+
+
 @router.post(TURN_PATH, response_model=None, responses=_LEG | refusals(429))
 async def create_turn(
     agent_id: AgentId,
@@ -128,6 +145,7 @@ async def create_turn(
     service: CurrentService,
     owner: Owner,
     dialect: CurrentDialect,
+    brought: ProviderData,
     idempotency_key: IdempotencyKey = None,
     x_multitask_strategy: Annotated[
         MultitaskStrategy | None, Header(description="As `multitask_strategy` of the body, which goes first")
@@ -135,18 +153,19 @@ async def create_turn(
     x_stainless_retry_count: RetryCount = 0,
 ) -> Response:
     """Create a turn. It is stored before anything is answered, and runs whether the client stays or leaves."""
-    stored = plain(body, exclude=NOT_STORED)
+    stored, turn_id = plain(body, exclude=NOT_STORED), str(uuid.uuid4())
     asked = Submission(
         owner=owner,
         agent_id=agent_id,
         session_id=session_id,
-        turn_id=str(uuid.uuid4()),
+        turn_id=turn_id,
         request=stored,
         request_hash=request_hash("turn", agent_id, session_id, stored),
         caps=service.caps,
         strategy=body.multitask_strategy or x_multitask_strategy or MultitaskStrategy.ENQUEUE,
         idempotency_key=idempotency_key,
         is_retry=x_stainless_retry_count > 0,
+        sealed=service.sealed(Secrets(brought), turn_id),
     )
     return await _submit(service, asked, request, dialect, bool(body.stream))
 
@@ -160,7 +179,10 @@ async def _submit(service: Service, asked: Submission, request: Request, dialect
 
 
 def request_hash(*what: Any) -> bytes:
-    """Of all that makes a request the same one: not whether it streams, nor its strategy."""
+    """Of all that makes a request the same one: not whether it streams, nor its strategy.
+
+    Nor its secrets: a token may have been renewed between two tries, and could be guessed from a hash.
+    """
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()
 
 
@@ -194,29 +216,36 @@ async def resume_turn(
     service: CurrentService,
     owner: Owner,
     dialect: CurrentDialect,
+    brought: ProviderData,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
 ) -> Response:
-    """Resume a turn that awaits input, with the responses of the client's tools."""
+    """Resume a turn that awaits input, with the responses of the client's tools.
+
+    Provider data take the place of those that the turn has; without any, these hold on.
+    """
     session = await service.store.run(agents.get_session, owner, agent_id, session_id)
     turn = await service.store.run(turns.get_turn, session_id, turn_id)
     responses = [plain(response) for response in body.tool_responses]
     digest = request_hash("resume", turn_id, responses)
     is_retry = x_stainless_retry_count > 0
     if resume.goes_on(session, turn, responses, repeated=is_retry or idempotency_key is not None):
+        next_id = str(uuid.uuid4())
         asked = Submission(
             owner=owner,
             agent_id=agent_id,
             session_id=session_id,
-            turn_id=str(uuid.uuid4()),
+            turn_id=next_id,
             request=plain(CreateTurn(messages=resume.as_messages(responses)), exclude=NOT_STORED),
             request_hash=digest,
             caps=service.caps,
             idempotency_key=idempotency_key,
             is_retry=is_retry,
+            sealed=service.sealed(Secrets(brought), next_id),
         )
         return await _submit(service, asked, request, dialect, bool(body.stream))
-    resumption = Resumption(owner, session_id, turn_id, responses, digest, service.caps, idempotency_key)
+    sealed = service.sealed(Secrets(brought), turn_id)
+    resumption = Resumption(owner, session_id, turn_id, responses, digest, service.caps, idempotency_key, sealed)
     accepted = await _resume(service, turn, resumption)
     if accepted.is_new:
         await service.ring(turn_id, request.headers.get("traceparent"))

@@ -10,19 +10,27 @@ is replaced here:
 - Vector stores, shields and the like are looked up without the policy when they are used, not only described.
 - A tool is found by its name among everyone's, the last one listed first.
 - Prompts have no owner. (File batches neither: `app.stack.vector_io`. Stored completions: `app.stack.library`.)
+- A provider that cannot read a request's provider data logs them, keys of other providers included.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 from llama_stack.apis.common.errors import ResourceNotFoundError
 from llama_stack.core.access_control.datatypes import AccessRule, Action, Scope
 from llama_stack.core.datatypes import User
-from llama_stack.core.request_headers import RequestProviderDataContext, get_authenticated_user
+from llama_stack.core.request_headers import (
+    PROVIDER_DATA_VAR,
+    NeedsRequestProviderData,
+    RequestProviderDataContext,
+    get_authenticated_user,
+)
 from llama_stack.core.routers.vector_io import VectorIORouter
 from llama_stack.core.routing_tables.benchmarks import BenchmarksRoutingTable
 from llama_stack.core.routing_tables.common import CommonRoutingTableImpl
@@ -31,10 +39,14 @@ from llama_stack.core.routing_tables.scoring_functions import ScoringFunctionsRo
 from llama_stack.core.routing_tables.shields import ShieldsRoutingTable
 from llama_stack.core.routing_tables.toolgroups import ToolGroupsRoutingTable, parse_toolgroup_from_toolgroup_name_pair
 from llama_stack.core.routing_tables.vector_stores import VectorStoresRoutingTable
+from llama_stack.core.utils.dynamic import instantiate_class_type
 from llama_stack.providers.utils.kvstore.api import KVStore
 from llama_stack.providers.utils.sqlstore.authorized_sqlstore import AuthorizedSqlStore
+from pydantic import ValidationError
 
 from app.identity import LOCAL_PRINCIPAL
+
+log = logging.getLogger(__name__)
 
 _OWNERS = "principals"
 # llama_stack has no condition for "nobody owns it"; this one holds for that, and for one's own.
@@ -71,9 +83,13 @@ def attributes(principal: str) -> dict[str, list[str]]:
     return {_OWNERS: [principal]}
 
 
-def acting_as(principal: str) -> AbstractContextManager[Any]:
-    """Whatever is asked of the stack inside is asked by this principal; tasks that are started inside too."""
-    manager: AbstractContextManager[Any] = RequestProviderDataContext({}, User(principal, attributes(principal)))
+def acting_as(principal: str, provider_data: Mapping[str, Any] = MappingProxyType({})) -> AbstractContextManager[Any]:
+    """Whatever is asked of the stack inside is asked by this principal; tasks that are started inside too.
+
+    `provider_data`: what its providers read of the request (`app.identity.secrets`).
+    """
+    user = User(principal, attributes(principal))
+    manager: AbstractContextManager[Any] = RequestProviderDataContext(dict(provider_data), user)
     return manager
 
 
@@ -91,6 +107,7 @@ def enforce() -> None:
     ToolGroupsRoutingTable.get_provider_impl = _provider_of_tool
     ToolGroupsRoutingTable.get_tool = _tool
     ToolGroupsRoutingTable.unregister_toolgroup = _unregister_toolgroup
+    NeedsRequestProviderData.get_request_provider_data = _provider_data
     for name in _CHANGES_OF_VECTOR_STORES:
         setattr(VectorIORouter, name, _changing(getattr(VectorIORouter, name)))
     AuthorizedSqlStore.fetch_all = _fetch_all
@@ -196,6 +213,24 @@ async def _require(store: Any, table: str, where: Mapping[str, Any]) -> None:
     if not (await _fetch_all(store, table, where, limit=1)).data:
         kind = table.removeprefix("openai_").rstrip("s").replace("_", " ").title()
         raise ResourceNotFoundError(str(next(iter(where.values()))), kind, f"client.{kind.lower()}s.list()")
+
+
+# --- provider data ----------------------------------------------------------------------------------------------------
+
+
+def _provider_data(self: Any) -> Any:
+    """What this provider reads of the request's provider data; None: they are not for it, or there are none."""
+    given = PROVIDER_DATA_VAR.get()
+    validator = self.__provider_spec__.provider_data_validator
+    if not validator:
+        raise ValueError(f"Provider {self.__provider_spec__.provider_type} does not have a validator")
+    try:
+        return instantiate_class_type(validator)(**given) if given else None
+    except ValidationError as error:
+        # The error shows its input, which is everything that the request brought.
+        fields = sorted({".".join(map(str, each["loc"][:1])) for each in error.errors()})
+        log.debug("%s reads no provider data: %s", self.__provider_spec__.provider_type, ", ".join(fields))
+        return None
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ its types would drop is refused. Both go by llama_stack's registry and policy: w
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -22,8 +21,7 @@ from llama_stack.apis.inference import (
     OpenAIEmbeddingsRequestWithExtraBody,
 )
 from llama_stack.apis.models import ModelType
-from llama_stack.core.datatypes import User
-from llama_stack.core.request_headers import PROVIDER_DATA_VAR, RequestProviderDataContext
+from llama_stack.core.request_headers import PROVIDER_DATA_VAR
 from llama_stack.core.utils.context import preserve_contexts_async_generator
 from llama_stack.providers.datatypes import Api
 from llama_stack.providers.utils.telemetry.tracing import CURRENT_TRACE_CONTEXT
@@ -31,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.error_bodies import first_problem
 from app.domain.errors import CaravanError, CompletionError, InvalidRequest
+from app.identity.secrets import HEADER, provider_data
 from app.stack import access
 from app.stack.chunks import ModelError
 from app.stack.inference import ModelServer
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 
 JSON = dict[str, Any]
 INTERNAL_ERROR = 500
-PROVIDER_DATA = "X-LlamaStack-Provider-Data"
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ async def ask(
     `headers` may bring a provider's key (llama_stack's X-LlamaStack-Provider-Data). Raises CompletionError, and
     InvalidRequest for what the model's provider would not be told.
     """
-    user = User(principal, access.attributes(principal))
-    with RequestProviderDataContext(_provider_data(headers.get(PROVIDER_DATA)), user):
+    with access.acting_as(principal, provider_data(headers.get(HEADER))):
         try:
             answer = await _asked(impls.get(Api.inference), endpoint, body)
         except Exception as error:
@@ -98,16 +95,6 @@ async def ask(
             return _named(answer, body["model"])
         rest = _chunks(answer, body)
         return Begun(await anext(rest, None), rest)
-
-
-def _provider_data(header: str | None) -> JSON | None:
-    try:
-        data = json.loads(header) if header else None
-    except (ValueError, RecursionError):
-        data = header
-    if data is not None and not isinstance(data, dict):
-        raise InvalidRequest(f"The header {PROVIDER_DATA} must be a JSON object")
-    return data
 
 
 async def _asked(inference: Any, endpoint: Endpoint, body: JSON) -> Any:

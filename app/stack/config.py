@@ -28,6 +28,7 @@ from llama_stack.core.storage.datatypes import (
     SqlStoreReference,
     StorageConfig,
 )
+from pydantic import SecretStr
 
 from app.settings import MINILM, Settings, SettingsError
 from app.stack import postgres
@@ -99,10 +100,12 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
         "safety": [_ours("llama-guard", "inline::llama-guard")],
         "files": [_files()],
         "tool_runtime": [
-            Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={})
+            Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={}),
+            *_web_search(settings),
         ],
     }
-    tool_groups = []
+    search = f"{settings.web_search_provider}-search"
+    tool_groups = [ToolGroupInput(toolgroup_id="builtin::websearch", provider_id=search)]
     vector_stores = None
     if vectors:
         providers["vector_io"] = [_pgvector(settings)]
@@ -192,6 +195,17 @@ def _rag(settings: Settings) -> Provider:
         fetch_allowed=settings.fetch_allowed,
         document_max_bytes=settings.document_max_bytes,
     )
+
+
+def _web_search(settings: Settings) -> list[Provider]:
+    """All three, so that a process with an older setting can use the toolgroup as a newer one has registered it."""
+    found = []
+    for name in ("tavily", "brave", "bing"):
+        key: SecretStr | None = getattr(settings, f"{name}_search_api_key")
+        url = settings.web_search_url if name == settings.web_search_provider else None
+        config = {"api_key": key.get_secret_value() if key else None} | ({"url": url} if url else {})
+        found.append(_ours(f"{name}-search", f"remote::{name}-search", **config))
+    return found
 
 
 def _files() -> Provider:

@@ -96,6 +96,8 @@ async def _start(config: StackRunConfig, *, whole: bool) -> Impls:
             # The tasks that work its queue off would store everyone's completions as those of its first caller.
             impls[Api.inference].store.enable_write_queue = False
     registry.own_caches(impls)
+    if _is_ours(config):
+        await registry.give_way(config, impls)
     await register_resources(config, impls)
     await refresh_registry_once(impls)
     await registry.publish_models(config, impls)

@@ -28,11 +28,13 @@ from llama_stack.core.external import load_external_apis
 from llama_stack.core.server.routes import get_all_api_routes
 from llama_stack.core.stack import refresh_registry_task
 from llama_stack.providers.datatypes import Api
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.domain.error_bodies import error_body, invalid_body, is_openai
-from app.domain.errors import Unavailable
+from app.domain.errors import InvalidRequest, Unavailable
+from app.identity.secrets import HEADER, provider_data
 from app.settings import Settings
 from app.stack import access, completions, library, postgres, registry
 from app.stack.config import stack_run_config
@@ -78,8 +80,14 @@ class StackApp(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if principal := scope.get("principal"):
             scope["user_attributes"] = access.attributes(principal)
-        if scope["type"] == "http" and not _NEEDS_NO_REGISTRY.match(scope["path"]):
-            await self._see_changes()
+        if scope["type"] == "http":
+            try:
+                provider_data(Headers(scope=scope).get(HEADER))  # of which llama_stack takes anything
+            except InvalidRequest as error:
+                await JSONResponse(_body(scope["path"], 400, str(error)), 400)(scope, receive, send)
+                return
+            if not _NEEDS_NO_REGISTRY.match(scope["path"]):
+                await self._see_changes()
         await super().__call__(scope, receive, send)
 
     async def _see_changes(self) -> None:

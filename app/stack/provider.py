@@ -43,4 +43,19 @@ def get_provider_spec() -> list[ProviderSpec]:
             api_dependencies=[Api.vector_io, Api.inference],
             optional_api_dependencies=[Api.files],
         ),
+        *(_web_search(name) for name in ("Tavily", "Brave", "Bing")),
     ]
+
+
+def _web_search(name: str) -> RemoteProviderSpec:
+    """In place of llama_stack's: see `app.stack.web_search`."""
+    kind = name.lower()
+    return RemoteProviderSpec(
+        api=Api.tool_runtime,
+        adapter_type=f"{kind}-search",
+        provider_type=f"remote::{kind}-search",
+        module="app.stack.web_search",
+        config_class=f"app.stack.web_search.{name}Config",
+        provider_data_validator=f"llama_stack.providers.remote.tool_runtime.{kind}_search"
+        f".{name}SearchToolProviderDataValidator",
+    )

@@ -34,7 +34,10 @@ _OBJECT: TypeAdapter[Any] = TypeAdapter(RoutableObjectWithProvider)
 
 
 class ToolLists(dict[str, list[Any]]):
-    """The tools of each group. A stale list is listed anew by whoever asks `in`, but still serves calls under way."""
+    """The tools of each group. A stale list is listed anew by whoever asks `in`, but still serves calls under way.
+
+    An MCP server's is stale at once: it changes without our hearing of it, and may depend on who asks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +51,10 @@ class ToolLists(dict[str, list[Any]]):
 
     def __setitem__(self, group: str, tools: list[Any]) -> None:
         super().__setitem__(group, tools)
-        self._stale.discard(group)
+        if not tools or any("endpoint" in (tool.metadata or ()) for tool in tools):
+            self._stale.add(group)
+        else:
+            self._stale.discard(group)
 
 
 def own_caches(impls: dict[Api, Any]) -> None:
@@ -120,6 +126,18 @@ async def publish_models(config: StackRunConfig, impls: dict[Api, Any]) -> None:
     for identifier, entry in existing.items():
         if identifier not in wanted and entry.source == RegistryEntrySource.listed_from_provider:
             await registry.delete(ResourceType.model.value, identifier)
+
+
+async def give_way(config: StackRunConfig, impls: dict[Api, Any]) -> None:
+    """Removes what has the name of a toolgroup of our configuration and is another one: a principal's, or served by the
+    provider that was configured before. llama_stack would not start."""
+    if Api.tool_groups not in impls:
+        return
+    registry = impls[Api.tool_groups].dist_registry
+    for group in config.registered_resources.tool_groups:
+        entry = await registry.get(ResourceType.tool_group.value, group.toolgroup_id)
+        if entry is not None and (entry.owner is not None or entry.provider_id != group.provider_id):
+            await registry.delete(ResourceType.tool_group.value, group.toolgroup_id)
 
 
 def _models(server: Provider) -> Iterator[ModelWithOwner]:

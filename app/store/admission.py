@@ -54,6 +54,7 @@ class Submission:
     strategy: MultitaskStrategy = MultitaskStrategy.ENQUEUE
     idempotency_key: str | None = None
     is_retry: bool = False
+    sealed: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ class ResponseSubmission:
 
 @dataclass(frozen=True)
 class Resumption:
-    """A request for a turn's next leg: a ToolResponse for each call that awaits one."""
+    """A request for a turn's next leg: a ToolResponse for each call that awaits one.
+
+    `sealed`: secrets in place of those that the turn has; None: these stay.
+    """
 
     owner: str
     session_id: str
@@ -89,6 +93,7 @@ class Resumption:
     request_hash: bytes
     caps: Caps
     idempotency_key: str | None = None
+    sealed: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,8 @@ _COUNTS = select(
     _counted(most="total").label("total"),
 )
 _LOCK = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("what"), 0)))
-_GIVEN = ("turn_id", "session_id", "owner", "number", "request", "request_hash")
-_GIVEN_OF_RESPONSES = ("kind", "previous_turn_id", "stored", "sealed", "last_fence", "last_n")
+_GIVEN = ("turn_id", "session_id", "owner", "number", "request", "request_hash", "sealed")
+_GIVEN_OF_RESPONSES = ("kind", "previous_turn_id", "stored", "last_fence", "last_n")
 _QUEUED = {"status": TurnStatus.QUEUED, "tool_responses": {}, "queued_at": _NOW, "rung_at": _NOW, "rings": 1}
 _ADD_TURN = insert(turns).values({name: bindparam(name) for name in _GIVEN} | _QUEUED)
 _ADD_RESPONSE = insert(turns).values({name: bindparam(name) for name in _GIVEN + _GIVEN_OF_RESPONSES} | _QUEUED)
@@ -209,8 +214,8 @@ def accept(connection: Connection, asked: Submission, raise_fence: RaiseFence) -
     _check_room(connection, asked, [row for row in unfinished if row.status != TurnStatus.AWAITING_INPUT])
     head = unfinished[0] if unfinished else None
     ended, interrupted = _make_way(connection, asked, head, raise_fence) if head else ((), None)
-    fields = {name: getattr(asked, name) for name in ("turn_id", "session_id", "owner", "request", "request_hash")}
-    connection.execute(_ADD_TURN, {**fields, "number": number})
+    given = {name: getattr(asked, name) for name in _GIVEN if name != "number"}
+    connection.execute(_ADD_TURN, {**given, "number": number})
     return Accepted(asked.turn_id, ended=ended, interrupted=interrupted)
 
 
@@ -330,6 +335,7 @@ def resume(connection: Connection, asked: Resumption) -> Accepted:
             queued_at=_NOW,
             rung_at=_NOW,
             rings=1,
+            **({"sealed": asked.sealed} if asked.sealed is not None else {}),
         )
     )
     after = EventId(row.last_fence, row.last_n)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+_MCP_SESSIONS = "mcp/shared/session.py"
 _turn: ContextVar[str] = ContextVar("turn", default="-")
 
 
@@ -30,6 +31,11 @@ class _TurnFilter(logging.Filter):
         return True
 
 
+def _is_no_message_of_mcp(record: logging.LogRecord) -> bool:
+    """`mcp` shows messages that it cannot read by the root logger. A server may have put a key of its caller there."""
+    return record.name != "root" or not record.pathname.endswith(_MCP_SESSIONS)
+
+
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -48,6 +54,7 @@ def configure_logging(level: str, form: str) -> None:
     """Sets up the root logger; libraries speak up from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_TurnFilter())
+    handler.addFilter(_is_no_message_of_mcp)
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s [turn %(turn)s] %(message)s")
     handler.setFormatter(_JsonFormatter() if form == "json" else text)
     root = logging.getLogger()
@@ -58,5 +65,6 @@ def configure_logging(level: str, form: str) -> None:
         if logger.handlers:  # not with --no-access-log
             logger.handlers.clear()
             logger.propagate = True
-    for name in ("httpx", "httpcore", "openai", "mcp", "asyncio", "alembic", "llama_stack"):
+    for name in ("httpx", "httpcore", "openai", "asyncio", "alembic", "llama_stack"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger("mcp").setLevel(logging.CRITICAL)  # it shows what servers send, and callers hear what went wrong

@@ -49,9 +49,10 @@ class AgentTurn(Attempt):
         self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
         self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
         self._knowledge = Knowledge(given.stack, given.store, claim.session_id)
-        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id, self._knowledge)
+        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id, self._knowledge, self._mcp)
 
     async def _leg(self) -> Outcome:
+        self._server_tools.secrets = self._secrets
         await self._resolve()
         while True:
             if handed := await self._between_steps():
@@ -78,7 +79,7 @@ class AgentTurn(Attempt):
         request = self._claim.request
         if not (self._config.toolgroups or request.get("toolgroups") or request.get("documents")):
             return
-        resolved = await tools.resolve(self._given.stack, self._config, request)
+        resolved = await tools.resolve(self._given.stack, self._config, request, self._server_tools.listed)
         if given := _documents.validate_python(request.get("documents") or []):
             resolved.context = await self._take_in(given, resolved)
         await self._record(resolved=resolved.model_dump(mode="json"))

@@ -19,11 +19,13 @@ from typing import Any, Literal
 from redis.exceptions import RedisError
 
 from app.domain import events
-from app.domain.errors import AttemptLost, TurnFailure, Unavailable
+from app.domain.errors import AttemptLost, TurnFailure, Unavailable, Unsealable
 from app.domain.events import LOST_TAIL_LEAP, Event, EventKind
 from app.domain.turns import ENDED, TurnStatus
 from app.events.log import EventLog
 from app.events.writer import EventWriter
+from app.identity.sealing import Sealing
+from app.identity.secrets import Secrets
 from app.settings import Settings
 from app.stack.access import acting_as
 from app.store import Store, claims
@@ -31,6 +33,7 @@ from app.store.claims import Claim, LegEnd
 from app.store.workers import overdue_failure
 from tasks.engine.inference import model_failure
 from tasks.engine.ledger import Ledger
+from tasks.engine.mcp import Connections, max_message_bytes
 from tasks.stack import LlamaStack
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class Attempt(ABC):
         """What becomes of the turn is written, or being written: nothing can change that, nor hide it."""
         self._recording = asyncio.Lock()
         self._ledger = Ledger(claim.turn_id, claim.ledger, self._record, self._persist)
+        self._secrets = Secrets()
+        self._mcp = Connections(max_message_bytes(given.settings))
         self.done = asyncio.Event()
 
     @abstractmethod
@@ -100,8 +105,7 @@ class Attempt(ABC):
 
     async def run(self) -> Outcome:
         """To the end of the leg. Never raises."""
-        with acting_as(self._claim.owner):
-            self._task = asyncio.create_task(self._guarded(), name=f"turn {self._claim.turn_id}")
+        self._task = asyncio.create_task(self._guarded(), name=f"turn {self._claim.turn_id}")
         try:
             await asyncio.wait([self._task])
             return "lost" if self._task.cancelled() else self._task.result()
@@ -129,6 +133,7 @@ class Attempt(ABC):
             return "lost"
         finally:
             self._settled = True
+            self._mcp.close()
             checkpoints.cancel()
             await self._writer.finish()
 
@@ -141,7 +146,7 @@ class Attempt(ABC):
 
     async def _until_it_ends(self) -> Outcome:
         try:
-            return await (self._stopped() if self._stop else self._leg())
+            return await (self._stopped() if self._stop else self._leg_as_owner())
         except asyncio.CancelledError:
             return await self._stopped()
         except TurnFailure as failure:
@@ -151,6 +156,16 @@ class Attempt(ABC):
         except Exception as error:
             logger.exception("the turn failed by a fault of this program")
             return await self._fail(TurnFailure("internal_error", f"Internal error: {type(error).__name__}"))
+
+    async def _leg_as_owner(self) -> Outcome:
+        """Raises what `_leg` does, and TurnFailure: the secrets of the request cannot be opened."""
+        claim, sealing = self._claim, Sealing(self._given.settings.sealing_keys)
+        try:
+            self._secrets = Secrets.opened(sealing, claim.sealed, claim.turn_id)
+        except Unsealable as error:
+            raise TurnFailure("internal_error", str(error)) from error
+        with acting_as(claim.owner, self._secrets.provider_data):
+            return await self._leg()
 
     async def _stopped(self) -> Outcome:
         if self._stop == "drop":

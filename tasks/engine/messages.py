@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_stack.apis.agents import AgentConfig
+from llama_stack.apis.common.content_types import ImageContentItem, TextContentItem
 from llama_stack.apis.inference import (
     JsonSchemaResponseFormat,
     Message,
     OpenAIChatCompletionRequestWithExtraBody,
+    ToolResponseMessage,
 )
 from llama_stack.providers.utils.inference.openai_compat import convert_message_to_openai_dict_new
 from pydantic import BaseModel
@@ -17,6 +19,8 @@ from pydantic import BaseModel
 from app.domain import arguments
 
 OpenAITool = dict[str, Any]
+
+_IMAGE = "[an image, which the user is shown and you are not]"
 
 
 async def chat_request(
@@ -40,10 +44,19 @@ async def chat_request(
 
 
 async def _openai(message: Message) -> dict[str, Any]:
-    plain: dict[str, Any] = _plain(await convert_message_to_openai_dict_new(message))
+    plain: dict[str, Any] = _plain(await convert_message_to_openai_dict_new(_texts_only(message)))
     for call in plain.get("tool_calls") or ():
         call["function"]["arguments"] = arguments.told(call["function"]["arguments"])
     return plain
+
+
+def _texts_only(message: Message) -> Message:
+    """OpenAI's tool messages are text: an image in a tool's response is for the user, and the model is told of it."""
+    if not isinstance(message, ToolResponseMessage) or isinstance(message.content, str):
+        return message
+    content = message.content if isinstance(message.content, list) else [message.content]
+    texts = [TextContentItem(text=_IMAGE) if isinstance(item, ImageContentItem) else item for item in content]
+    return message.model_copy(update={"content": texts})
 
 
 def _tool_choice(config: AgentConfig) -> str | dict[str, Any] | None:

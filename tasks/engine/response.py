@@ -48,7 +48,7 @@ class Response(Attempt):
         self._approved: list[Item] = []
 
     async def _leg(self) -> Outcome:
-        self._tools = ResponseTools(self._given, self._claim, self._journal)
+        self._tools = ResponseTools(self._given, self._claim, self._journal, self._secrets, self._mcp)
         came_before = [item for past in self._past for item in _items(past)]
         self._approved = context.approved_calls(self._request["input"], came_before)
         if self._claim.fence > 1:

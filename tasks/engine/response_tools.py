@@ -13,7 +13,7 @@ from llama_stack.providers.inline.agents.meta_reference.responses.utils import _
 from llama_stack.providers.utils.inference.prompt_adapter import interleaved_content_as_str
 
 from app.domain.arguments import parsed
-from app.domain.errors import TurnFailure, Unsealable
+from app.domain.errors import TurnFailure
 from app.domain.responses.context import SEARCH, WEB_SEARCH
 from app.domain.responses.steps import (
     Call,
@@ -25,10 +25,12 @@ from app.domain.responses.steps import (
     ToolStep,
     unfinished,
 )
-from app.identity.sealing import Sealing
+from app.identity.secrets import Secrets
 from app.store.claims import Claim
 from tasks.engine import mcp
 from tasks.engine.attempt import Tools
+from tasks.engine.mcp import Connections
+from tasks.engine.mcp_wire import Unauthorized
 from tasks.engine.responding import CallItem, CallKind
 from tasks.engine.tools import OUTCOME_UNKNOWN
 
@@ -67,11 +69,15 @@ class Listed:
 class ResponseTools:
     """Of one attempt; looks at its journal as that grows.
 
-    Raises TurnFailure: two tools have one name, or the request's secrets cannot be opened.
+    Raises TurnFailure: two tools have one name.
     """
 
-    def __init__(self, given: Tools, claim: Claim, journal: Sequence[Step]) -> None:
+    def __init__(
+        self, given: Tools, claim: Claim, journal: Sequence[Step], secrets: Secrets, connections: Connections
+    ) -> None:
         self._given = given
+        self._secrets = secrets
+        self._mcp = connections
         self._settings = given.settings
         self._journal = journal
         self._request = claim.request
@@ -79,7 +85,6 @@ class ResponseTools:
         self._functions = {tool["name"]: tool for tool in self._tools if tool["type"] == "function"}
         self._file_search = next((tool for tool in self._tools if tool["type"] == "file_search"), None)
         self._web_search = next((tool for tool in self._tools if tool["type"].startswith("web_search")), None)
-        self._headers = _mcp_headers(given, claim)
         self._owner_of_server = {tool["server_label"]: tool for tool in self._tools if tool["type"] == "mcp"}
 
     # --- what is offered ---
@@ -176,10 +181,11 @@ class ResponseTools:
         """Raises TurnFailure: the server cannot be used."""
         tool = self._tools[tool_index]
         try:
-            listed = await mcp.list_tools(self._server(tool))
+            listed = await self._mcp.list_tools(self._server(tool))
         except Exception as error:
-            message = f"tools[{tool_index}]: the MCP server {tool['server_label']} cannot be used: {error}"
-            raise TurnFailure("invalid_request", message) from error
+            said = self._secrets.hide(_words(error))
+            message = f"tools[{tool_index}]: the MCP server {tool['server_label']} cannot be used: {said}"
+            raise TurnFailure("invalid_request", message) from None
         annotations = {each.name: each.annotations.model_dump(exclude_none=True) for each in listed if each.annotations}
         shown = [each for each in listed if _is_allowed(tool, each.name, annotations.get(each.name) or {})]
         return Listed(
@@ -196,7 +202,7 @@ class ResponseTools:
         )
 
     def _server(self, tool: Mapping[str, Any]) -> mcp.Server:
-        return mcp.Server(tool["server_url"], self._headers.get(tool["server_label"]) or {})
+        return mcp.Server(tool["server_url"], self._secrets.mcp_headers.get(tool["server_label"]) or {})
 
     # --- items of calls ---
 
@@ -311,7 +317,8 @@ class ResponseTools:
         return _failed(OUTCOME_UNKNOWN)
 
     async def make(self, call: Call, key: str, *, ignored: bool) -> dict[str, Any]:
-        """`{"content", "error", "results", "files"}`. Whatever goes wrong is the result, which the model is told."""
+        """`{"content", "error", "results", "files"}`. Whatever goes wrong is the result, which the model is told, and
+        which never has a secret of the request."""
         if ignored:
             return _failed("This call was not made: max_tool_calls calls were made before.")
         try:
@@ -320,13 +327,14 @@ class ResponseTools:
             return _failed(str(error))
         limit = self._settings.tool_timeout_seconds
         try:
-            async with asyncio.timeout(limit):
-                return self._bounded(await self._result(call, arguments, key))
-        except TimeoutError:
-            return _failed(f"The tool gave no result within {limit:g} s (TOOL_TIMEOUT_SECONDS).")
+            async with asyncio.timeout(limit) as taken:
+                return self._bounded(self._secrets.hide(await self._result(call, arguments, key)))
         except Exception as error:
-            logger.warning("tool %s failed: %s", call.name, error)
-            return _failed(f"The tool failed: {error}")
+            if taken.expired():
+                return _failed(f"The tool gave no result within {limit:g} s (TOOL_TIMEOUT_SECONDS).")
+            said = self._secrets.hide(_words(error))
+            logger.warning("tool %s failed: %s", call.name, said)
+            return _failed(f"The tool failed: {said}")
 
     async def _result(self, call: Call, arguments: dict[str, Any], key: str) -> dict[str, Any]:
         if call.kind == "file_search":
@@ -336,13 +344,12 @@ class ResponseTools:
         found = self._mcp_tools().get(call.name)
         if found is None:
             return _failed(f"There is no tool {call.name}.")
-        result = await mcp.call_tool(self._server(found[0]), call.name, arguments, key)
+        result = await self._mcp.call_tool(self._server(found[0]), call.name, arguments, key)
         text = interleaved_content_as_str(result.content) if result.content else ""
         return _failed(text) if result.error_code else {"content": text, "error": None}
 
     async def _search_web(self, query: str) -> dict[str, Any]:
-        await self._given.stack.tool_groups.list_tools(toolgroup_id=WEB_SEARCH_GROUP)
-        result = await self._given.stack.tool_runtime.invoke_tool(tool_name=WEB_SEARCH, kwargs={"query": query})
+        result = await self._given.stack.call_tool(WEB_SEARCH_GROUP, WEB_SEARCH, {"query": query})
         text = interleaved_content_as_str(result.content) if result.content else result.error_message or ""
         return _failed(text) if result.error_code else {"content": text, "error": None}
 
@@ -374,14 +381,10 @@ class ResponseTools:
         return _failed(f"The tool's result has {size} bytes, more than the {limit} allowed (TOOL_RESULT_MAX_BYTES).")
 
 
-def _mcp_headers(given: Tools, claim: Claim) -> dict[str, dict[str, str]]:
-    """By the label of the server. Raises TurnFailure."""
-    if claim.sealed is None:
-        return {}
-    try:
-        return Sealing(given.settings.sealing_keys).open(claim.sealed, claim.turn_id)["mcp_headers"]
-    except Unsealable as error:
-        raise TurnFailure("internal_error", str(error)) from error
+def _words(error: Exception) -> str:
+    if isinstance(error, Unauthorized):
+        return f"{error}: give the tool an authorization, or headers, that it accepts"
+    return str(error) or type(error).__name__
 
 
 def _failed(message: str) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from llama_stack.apis.agents import AgentConfig, AgentToolGroupWithArgs
 from llama_stack.apis.inference import ToolCall, ToolResponse
+from mcp import types
 from pydantic import BaseModel, TypeAdapter
 
 from app.domain.decide import tool_name
 from app.domain.errors import TurnFailure
-from tasks.engine import mcp
 from tasks.engine.knowledge import KNOWLEDGE_SEARCH
 from tasks.engine.messages import OpenAITool
 from tasks.stack import LlamaStack
@@ -68,17 +68,18 @@ class Resolved(BaseModel):
         return next((tool for tool in self.tools if tool.name == name), None)
 
 
+ListMcp = Callable[[str], Awaitable[list[types.Tool]]]
 Toolgroups = TypeAdapter(list[str | AgentToolGroupWithArgs])
 
 
-async def resolve(stack: LlamaStack, config: AgentConfig, request: dict[str, Any]) -> Resolved:
-    """Its tools. Raises TurnFailure: a toolgroup cannot be had."""
+async def resolve(stack: LlamaStack, config: AgentConfig, request: dict[str, Any], list_mcp: ListMcp) -> Resolved:
+    """Its tools. `list_mcp`: those of the MCP server at an endpoint. Raises TurnFailure: a toolgroup cannot be had."""
     toolgroups = Toolgroups.validate_python(request.get("toolgroups") or [])
-    return Resolved(tools=await _resolve_tools(stack, config, toolgroups))
+    return Resolved(tools=await _resolve_tools(stack, config, toolgroups, list_mcp))
 
 
 async def _resolve_tools(
-    stack: LlamaStack, config: AgentConfig, for_turn: list[str | AgentToolGroupWithArgs]
+    stack: LlamaStack, config: AgentConfig, for_turn: list[str | AgentToolGroupWithArgs], list_mcp: ListMcp
 ) -> list[Tool]:
     """The turn's toolgroups in place of the agent's, if it names any; arguments of both."""
     configured = [*(config.toolgroups or []), *for_turn]
@@ -87,17 +88,19 @@ async def _resolve_tools(
     tools: dict[str, Tool] = {}
     client_tools = {tool.name for tool in config.client_tools or []}
     for name in names:
-        for tool in await _group_tools(stack, *_split(name), args):
+        for tool in await _group_tools(stack, *_split(name), args, list_mcp):
             if tool.name in tools or tool.name in client_tools:
                 raise TurnFailure("invalid_request", f"Tool {tool.name} is offered twice")
             tools[tool.name] = tool
     return list(tools.values())
 
 
-async def _group_tools(stack: LlamaStack, group: str, only: str | None, args: dict[str, dict[str, Any]]) -> list[Tool]:
+async def _group_tools(
+    stack: LlamaStack, group: str, only: str | None, args: dict[str, dict[str, Any]], list_mcp: ListMcp
+) -> list[Tool]:
     try:
         endpoint = await stack.mcp_endpoint(group)
-        listed = await (_runtime_tools(stack, group) if endpoint is None else _mcp_tools(endpoint))
+        listed = await _runtime_tools(stack, group) if endpoint is None else _mcp_tools(await list_mcp(endpoint))
     except Exception as error:
         raise TurnFailure("invalid_request", f"Toolgroup {group} cannot be used: {error}") from error
     found = [tool for tool in listed if only in (None, tool["name"])]
@@ -115,7 +118,7 @@ async def _runtime_tools(stack: LlamaStack, group: str) -> list[dict[str, Any]]:
     ]
 
 
-async def _mcp_tools(endpoint: str) -> list[dict[str, Any]]:
+def _mcp_tools(listed: list[types.Tool]) -> list[dict[str, Any]]:
     return [
         {
             "name": tool.name,
@@ -124,7 +127,7 @@ async def _mcp_tools(endpoint: str) -> list[dict[str, Any]]:
             "is_mcp": True,
             "annotations": tool.annotations.model_dump(exclude_none=True) if tool.annotations else {},
         }
-        for tool in await mcp.list_tools(mcp.Server(endpoint))
+        for tool in listed
     ]
 
 

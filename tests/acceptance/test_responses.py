@@ -470,7 +470,7 @@ def test_file_search(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
 
 
 def test_a_tool_that_fails_is_told_to_the_model(sdk: Sdk, model: ScriptedModel) -> None:
-    """A store that is not there, a web search without a provider: the model hears of it, and answers."""
+    """A store that is not there, a web search without a key: the model hears of it, and answers."""
     tools: Any = [{"type": "file_search", "vector_store_ids": ["vs_none"]}, {"type": "web_search"}]
     script = 'CALL knowledge_search {"query": "a"} & CALL web_search {"query": "b"} | HISTORY'
     response = sdk.responses.create(model=MODEL, input=script, tools=tools)
@@ -481,7 +481,7 @@ def test_a_tool_that_fails_is_told_to_the_model(sdk: Sdk, model: ScriptedModel) 
     ]
     told = [each["content"] for each in json.loads(response.output_text) if each["role"] == "tool"]
     assert "vs_none" in told[0]
-    assert "builtin::websearch" in told[1]
+    assert "set TAVILY_SEARCH_API_KEY" in told[1]
 
 
 def test_approvals_are_answered_once(sdk: Sdk, model: ScriptedModel) -> None:

@@ -103,6 +103,12 @@ def _no_session_for_mcp(reference: Transcript, _: Transcript) -> None:
         del arguments["session_id"]
 
 
+def _resources_are_told(reference: Transcript, _: Transcript) -> None:
+    for node in reference.nodes():
+        if node.get("content") == [{"type": "text", "text": "see below"}]:
+            node["content"].append({"type": "text", "text": "attached"})
+
+
 def _builtin_names(reference: Transcript, _: Transcript) -> None:
     function = reference.requests[0]["tools"][0]["function"]
     assert function["name"] == "brave_search"
@@ -216,6 +222,10 @@ DEVIATIONS: dict[str, Deviation] = {
     ),
     "no session for MCP": Deviation(
         "An MCP server gets just what the model said: its schema knows no session_id.", _no_session_for_mcp
+    ),
+    "resources are told": Deviation(
+        "What an MCP tool gives besides text and images is told to the model; llama_stack leaves it out, or fails.",
+        _resources_are_told,
     ),
     "builtin tools keep their names": Deviation(
         "ChatAgent tells the model of web_search as brave_search, whatever the provider, and refuses builtin tools "

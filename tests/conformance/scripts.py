@@ -73,7 +73,7 @@ SCRIPTS: dict[str, Script] = {
         'CALL slow {"seconds": "many", "text": "x"} | SAY x', "no session for MCP", toolgroups=["mcp"]
     ),
     "an MCP tool of the group, and an attachment": one(
-        "CALL attachment | TOOLS", "no session for MCP", toolgroups=["mcp/attachment"]
+        "CALL attachment | TOOLS", "no session for MCP", "resources are told", toolgroups=["mcp/attachment"]
     ),
     "a builtin tool": one("TOOLS", "builtin tools keep their names", toolgroups=["builtin::websearch"]),
     # Client tools

@@ -93,6 +93,9 @@ class World:
         )
         return given
 
+    async def call_tool(self, toolgroup_id: str, name: str, arguments: dict[str, Any]) -> ToolInvocationResult:
+        return await self.invoke_tool(name, arguments)
+
     def called(self, name: str) -> Sequence[dict[str, Any]]:
         return [arguments for tool, arguments in self.calls if tool == name]
 

@@ -552,6 +552,30 @@ async def test_worker_goes_on_after_its_connections_were_cut(settings: Settings,
         assert {model.identifier for model in (await stack.models.list_models()).data} == {*MODELS, *EMBEDDING_MODELS}
 
 
+async def test_who_searches_the_web_can_be_changed(settings: Settings, database_url: str) -> None:
+    """The toolgroup of the configuration takes its name back, also from a principal who had registered it; a worker
+    that still runs with the old setting can use it."""
+
+    async def served_by(http: httpx.AsyncClient) -> str:
+        groups = (await http.get("/v1/toolgroups")).json()["data"]
+        return str(next(each["provider_id"] for each in groups if each["identifier"] == "builtin::websearch"))
+
+    async with web(settings) as (http, _):
+        assert await served_by(http) == "tavily-search"
+        await http.delete("/v1/toolgroups/builtin::websearch")
+        mine = {"toolgroup_id": "builtin::websearch", "provider_id": "bing-search"}
+        (await http.post("/v1/toolgroups", json=mine)).raise_for_status()
+    async with web(make_settings(database_url, web_search_provider="brave")) as (http, _):
+        assert await served_by(http) == "brave-search"
+        [tool] = (await http.get("/v1/tools", params={"toolgroup_id": "builtin::websearch"})).json()["data"]
+        assert tool["name"] == "web_search"
+    async with worker(settings) as running:
+        async with web(make_settings(database_url, web_search_provider="brave")) as (http, _):
+            await running.refresh_registry()
+        with pytest.raises(ValueError, match="BRAVE_SEARCH_API_KEY"):
+            await running.call_tool("builtin::websearch", "web_search", {"query": "x"})
+
+
 @pytest.mark.slow
 async def test_processes_that_start_at_once_on_an_empty_database_do_not_trip_each_other(settings: Settings) -> None:
     await asyncio.gather(*(asyncio.to_thread(start_process, REGISTER, settings, "[]") for _ in range(4)))

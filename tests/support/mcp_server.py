@@ -8,6 +8,9 @@
     big(n)                  n characters
     picture()               a text and an image, `PICTURE`
     attachment()            a text and an embedded resource
+    media()                 a link, audio, a file, and an image that is none
+    only_structured()       structured content alone
+    echo_header(name, fail) what the request had as this header, or an error with it
     look(key, hold)         how often this key has been counted; annotated readOnlyHint
     put(key, hold, seconds) counts a side effect under the key, and gives the key back; annotated idempotentHint
     order(key, hold, seconds)  the same without annotations
@@ -16,7 +19,9 @@ The last three wait, after they have counted, so many seconds and until the hold
 
 Calls are recorded in a file of JSON lines: one line when a call begins, one with the same `id` when it ends.
 
-Control: GET /control/counts and /control/held/{name}, POST /control/release/{name} and /control/reset.
+Control: GET /control/counts, /control/sessions (how many were opened) and /control/held/{name}, POST
+/control/release/{name}, /control/reset, /control/tool/{name} (adds one) and /control/refuse/{status} (answers the next
+request in a session so).
 """
 
 from __future__ import annotations
@@ -38,9 +43,13 @@ from typing import Any
 import uvicorn
 from mcp.server.fastmcp import FastMCP
 from mcp.types import (
+    AudioContent,
+    BlobResourceContents,
+    CallToolResult,
     ContentBlock,
     EmbeddedResource,
     ImageContent,
+    ResourceLink,
     TextContent,
     TextResourceContents,
     ToolAnnotations,
@@ -49,6 +58,7 @@ from pydantic import AnyUrl
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.support import ServerProcess, exit_with_parent, wait_until
 
@@ -79,6 +89,8 @@ class RecordingMCP(FastMCP):
         super().__init__("tests", host=host, log_level="CRITICAL")  # clients cut off are no news
         self.counts: Counter[str] = Counter()
         self.holds: defaultdict[str, Hold] = defaultdict(Hold)
+        self.sessions = 0
+        self.refuse_next: int | None = None
         self._calls_file = calls_file
 
     async def call_tool(self, name: str, arguments: dict[str, Any]) -> Sequence[ContentBlock] | dict[str, Any]:
@@ -180,6 +192,33 @@ def _add_tools(server: RecordingMCP) -> None:
         resource = TextResourceContents(uri=AnyUrl("file:///note"), text="attached")
         return [TextContent(type="text", text="see below"), EmbeddedResource(type="resource", resource=resource)]
 
+    @server.tool()
+    def media() -> list[ResourceLink | AudioContent | EmbeddedResource | ImageContent]:
+        """Gives what is neither text nor a picture."""
+        blob = BlobResourceContents(uri=AnyUrl("file:///data.bin"), blob="AAAA", mimeType="application/x-data")
+        return [
+            ResourceLink(
+                type="resource_link", name="report", uri=AnyUrl("https://host/r.pdf"), mimeType="application/pdf"
+            ),
+            AudioContent(type="audio", data="AAAA", mimeType="audio/wav"),
+            EmbeddedResource(type="resource", resource=blob),
+            ImageContent(type="image", data="bm8gaW1hZ2U=", mimeType="image/png"),
+        ]
+
+    @server.tool()
+    def only_structured() -> CallToolResult:
+        """Gives structured content alone."""
+        return CallToolResult(content=[], structuredContent={"degrees": 31})
+
+    @server.tool()
+    def echo_header(name: str, fail: bool = False) -> str:
+        """Tells what the request had as this header."""
+        request = server.get_context().request_context.request
+        value = str(request.headers.get(name)) if request else ""
+        if fail:
+            raise RuntimeError(value)
+        return value
+
     _add_annotated_tools(server)
 
 
@@ -218,9 +257,24 @@ def _add_control(server: RecordingMCP) -> None:
     @server.custom_route("/control/reset", methods=["POST"])
     async def reset(_: Request) -> Response:
         server.counts.clear()
+        server.sessions, server.refuse_next = 0, None
         for hold in server.holds.values():
             hold.released.set()
         server.holds.clear()
+        return JSONResponse(None)
+
+    @server.custom_route("/control/sessions", methods=["GET"])
+    async def sessions(_: Request) -> Response:
+        return JSONResponse(server.sessions)
+
+    @server.custom_route("/control/tool/{name}", methods=["POST"])
+    async def tool(request: Request) -> Response:
+        server.add_tool(lambda: "new", name=request.path_params["name"], description="A new one.")
+        return JSONResponse(None)
+
+    @server.custom_route("/control/refuse/{status}", methods=["POST"])
+    async def refuse(request: Request) -> Response:
+        server.refuse_next = int(request.path_params["status"])
         return JSONResponse(None)
 
     @server.custom_route("/control/held/{name}", methods=["GET"])
@@ -244,13 +298,24 @@ class McpServer(ServerProcess):
     module = "tests.support.mcp_server"
 
     def __init__(
-        self, port: int = 0, host: str = "127.0.0.1", *, sse: bool = False, keeps_sessions: bool = False
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        *,
+        sse: bool = False,
+        keeps_sessions: bool = False,
+        token: str = "",
+        redirects_to: str = "",
     ) -> None:
-        """`keeps_sessions`: clients cannot end them (405 for DELETE), as with many servers."""
+        """`keeps_sessions`: clients cannot end them (405 for DELETE), as with many servers. `token`: 401 without
+        `Authorization: Bearer <token>`. `redirects_to`: 307 to this URL, whatever is asked.
+        """
         descriptor, name = tempfile.mkstemp(prefix="caravan-mcp-calls-", suffix=".jsonl")
         os.close(descriptor)
         chosen = {"--sse": sse, "--keep-sessions": keeps_sessions}
-        super().__init__(port, host, ["--calls", name, *(option for option, given in chosen.items() if given)])
+        options = [option for option, given in chosen.items() if given]
+        doors = ["--token", token, "--redirect", redirects_to]
+        super().__init__(port, host, ["--calls", name, *options, *doors])
         self._calls_file = Path(name)
         weakref.finalize(self, self._calls_file.unlink, missing_ok=True)
 
@@ -264,6 +329,17 @@ class McpServer(ServerProcess):
     def counts(self) -> dict[str, int]:
         """How often the side effect of each key happened."""
         return dict(self.control("GET", "counts"))
+
+    def sessions(self) -> int:
+        """How many were opened since the start, or the last reset."""
+        return int(self.control("GET", "sessions"))
+
+    def add_tool(self, name: str) -> None:
+        self.control("POST", f"tool/{name}")
+
+    def refuse_next(self, status: int) -> None:
+        """The next request of a client in a session is answered with this status, and not looked at."""
+        self.control("POST", f"refuse/{status}")
 
     def release(self, name: str) -> int:
         """Lets every call that holds this name go on, now and until a reset; how many were waiting."""
@@ -286,6 +362,32 @@ class McpServer(ServerProcess):
                 append_line(self._calls_file, {"id": call["id"], "ended": "killed"})
 
 
+class Doors:
+    """ASGI middleware: who is let in. Counts sessions, and refuses as it was told to."""
+
+    def __init__(self, app: ASGIApp, server: RecordingMCP, token: str, redirects_to: str) -> None:
+        self.app, self.server, self.token, self.redirects_to = app, server, token, redirects_to
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refused or self.app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        path, is_post = request.url.path, request.method == "POST"
+        if path.startswith("/control/"):
+            return None
+        if self.redirects_to:
+            return Response(status_code=307, headers={"location": self.redirects_to})
+        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+            return Response(status_code=401)
+        in_session = "mcp-session-id" in request.headers or path.startswith("/messages/")
+        if is_post and in_session and (status := self.server.refuse_next):
+            self.server.refuse_next = None
+            return Response(status_code=status)
+        self.server.sessions += not in_session and (is_post or path == "/sse")
+        return None
+
+
 class KeepSessions(BaseHTTPMiddleware):
     """Lets no client end its session."""
 
@@ -300,12 +402,15 @@ def main() -> None:
     parser.add_argument("--calls", type=Path, default=os.devnull, help="the file of JSON lines that records calls")
     parser.add_argument("--sse", action="store_true", help="the older transport, in place of streamable HTTP")
     parser.add_argument("--keep-sessions", action="store_true", help="answer DELETE with 405")
+    parser.add_argument("--token", default="", help="what clients must send as Authorization: Bearer")
+    parser.add_argument("--redirect", default="", help="where to send every client on to")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
     server = build(arguments.host, arguments.calls)
     app, path = (server.sse_app(), "sse") if arguments.sse else (server.streamable_http_app(), "mcp")
+    app.add_middleware(Doors, server=server, token=arguments.token, redirects_to=arguments.redirect)
     if arguments.keep_sessions:
         app.add_middleware(KeepSessions)
     listener = socket.create_server((arguments.host, arguments.port), backlog=1024)

@@ -16,10 +16,10 @@ GROUPS = {
 
 
 class Stack:
-    """`tool_groups` and `tool_runtime` of a Llama Stack. The toolgroup `mcp` is an MCP server."""
+    """A Llama Stack and its `tool_groups`. The toolgroup `mcp` is an MCP server."""
 
     def __init__(self, result: Any = None, mcp_url: str | None = None) -> None:
-        self.tool_groups = self.tool_runtime = self
+        self.tool_groups = self
         self.mcp_url = mcp_url
         self.result = result or ToolInvocationResult(content="3", metadata={"m": 1})
         self.invoked: list[tuple[str, dict[str, Any]]] = []
@@ -30,8 +30,8 @@ class Stack:
     async def list_tools(self, toolgroup_id: str) -> ListToolDefsResponse:
         return ListToolDefsResponse(data=GROUPS[toolgroup_id])
 
-    async def invoke_tool(self, tool_name: str, kwargs: dict[str, Any]) -> ToolInvocationResult:
-        self.invoked.append((tool_name, kwargs))
+    async def call_tool(self, toolgroup_id: str, name: str, arguments: dict[str, Any]) -> ToolInvocationResult:
+        self.invoked.append((name, arguments))
         if isinstance(self.result, BaseException):
             raise self.result
         if callable(self.result):

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 
 from app.domain.errors import TurnFailure
 from app.domain.items import checked
 from app.domain.responses.steps import IndexedItem, ListStep, Step
-from app.identity.sealing import Sealing, make_sealing_key
+from app.identity.secrets import Secrets
+from tasks.engine.mcp import Connections
 from tasks.engine.responding import CallItem
 from tasks.engine.response_tools import ResponseTools
 from tests.unit.domain.responses.journals import call, request, said
@@ -34,13 +34,12 @@ def listed(tool_index: int, *names: str) -> ListStep:
     return ListStep(step_id="s", items=items, tool_index=tool_index, annotations=annotations)
 
 
-def tools_of(
-    tools: list[dict[str, Any]], journal: list[Step] | None = None, keys: Any = (), sealed: Any = None, **fields: Any
-) -> ResponseTools:
-    settings = SimpleNamespace(tools_safe_to_repeat=["safe"], tool_timeout_seconds=1.0, sealing_keys=keys)
-    claim: Any = SimpleNamespace(request={"tools": tools, **fields}, sealed=sealed, turn_id="t")
+def tools_of(tools: list[dict[str, Any]], journal: list[Step] | None = None, **fields: Any) -> ResponseTools:
+    settings = SimpleNamespace(tools_safe_to_repeat=["safe"], tool_timeout_seconds=1.0, tool_result_max_bytes=10_000)
+    claim: Any = SimpleNamespace(request={"tools": tools, **fields}, turn_id="t")
     given: Any = SimpleNamespace(settings=settings, stack=None)
-    return ResponseTools(given, claim, journal if journal is not None else [listed(1, "add", "look")])
+    journal = journal if journal is not None else [listed(1, "add", "look")]
+    return ResponseTools(given, claim, journal, Secrets(), Connections(10_000))
 
 
 def names(tools: ResponseTools) -> list[str]:
@@ -167,17 +166,6 @@ async def test_arguments_that_are_no_object(arguments: str) -> None:
 async def test_a_call_beyond_the_limit_is_not_made() -> None:
     result = await tools_of([SERVER]).make(call("1"), "key", ignored=True)
     assert "max_tool_calls" in result["error"]
-
-
-def test_secrets_that_cannot_be_opened() -> None:
-    """The response fails, and says what an operator has to do."""
-    ours, other = (SecretStr(make_sealing_key()) for _ in range(2))
-    sealed = Sealing([ours]).seal({"mcp_headers": {"calc": {"a": "b"}}}, "t")
-    assert tools_of([SERVER], keys=[ours], sealed=sealed)._headers == {"calc": {"a": "b"}}
-    for keys in ([other], []):
-        with pytest.raises(TurnFailure, match="SEALING_KEYS") as failed:
-            tools_of([SERVER], keys=keys, sealed=sealed)
-        assert failed.value.code == "internal_error"
 
 
 def test_output_items_can_be_given_again() -> None:

@@ -9,9 +9,10 @@ import pytest
 from llama_stack.apis.inference import ToolCall
 from llama_stack.apis.tools import ToolInvocationResult
 
+from app.identity.secrets import HIDDEN, Secrets
 from app.settings import Settings
 from tasks.engine.knowledge import Knowledge
-from tasks.engine.mcp import IDEMPOTENCY_KEY
+from tasks.engine.mcp import IDEMPOTENCY_KEY, Connections
 from tasks.engine.server_tools import ServerTools
 from tasks.engine.tools import Resolved, Tool
 from tests.support import wait_until
@@ -28,6 +29,7 @@ async def called(
     timeout_seconds: float = 5,
     max_bytes: int = 10_000,
     tool: dict[str, Any] | None = None,
+    secrets: Secrets = Secrets(),  # noqa: B008  (it is frozen)
 ) -> Any:
     known = Tool(
         **{
@@ -47,9 +49,14 @@ async def called(
         tool_timeout_seconds=timeout_seconds,
         tool_result_max_bytes=max_bytes,
     )
-    server_tools = ServerTools(as_stack(stack), settings, "session", cast(Knowledge, None))
+    connections = Connections(1_000_000)
+    server_tools = ServerTools(as_stack(stack), settings, "session", cast(Knowledge, None), connections)
+    server_tools.secrets = secrets
     server_tools.resolved = Resolved(tools=[known])
-    return await server_tools.call(asked, "t:0:0")
+    try:
+        return await server_tools.call(asked, "t:0:0")
+    finally:
+        connections.close()
 
 
 async def test_a_call_gets_the_session_the_models_and_the_groups_arguments() -> None:
@@ -123,6 +130,32 @@ async def test_a_tool_that_raises_or_hangs_is_answered() -> None:
     assert "broken" in (await called(Stack(RuntimeError("broken")))).content
     hanging = await called(Stack(asyncio.Event().wait), timeout_seconds=0.01)
     assert "0.01 s" in hanging.content
+
+
+async def test_a_limit_of_the_tools_own_is_not_taken_for_ours() -> None:
+    response = await called(Stack(TimeoutError("Tavily did not answer within 60 s")))
+    assert response.content == "The tool failed: Tavily did not answer within 60 s"
+
+
+async def test_a_secret_is_in_no_response(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither as a result, nor in an error, nor in our log: what a name tells to be one. Others may be honest words."""
+    headers = {"Authorization": "Bearer 12345678-token", "X-Tenant": "tenant-of-mine"}
+    secrets = Secrets({"x_api_key": "tvly-0123456789", "mcp_headers": {"https://token.host/mcp": headers}})
+    told = [{"type": "text", "text": "got 12345678-token and tvly-0123456789 for tenant-of-mine"}]
+    for result in (ToolInvocationResult(content=told), RuntimeError(told[0]["text"])):
+        response = await called(Stack(result), secrets=secrets)
+        assert f"got {HIDDEN} and {HIDDEN} for tenant-of-mine" in str(response.content)
+    assert "12345678-token" not in caplog.text + repr(secrets)
+    assert "tvly-" not in caplog.text + repr(secrets)
+
+
+async def test_an_mcp_server_gets_the_headers_that_are_for_it() -> None:
+    """Under its URL; a server that wants others is told of with where they go."""
+    with McpServer(token="a-good-token") as guarded:
+        for token, said in (("a-good-token", "5"), ("a-wrong-token", 'Data: {"mcp_headers"')):
+            secrets = Secrets({"mcp_headers": {guarded.url: {"Authorization": f"Bearer {token}"}}})
+            response = await called(Stack(mcp_url=guarded.url), arguments='{"a": 2, "b": 3}', tool=MCP, secrets=secrets)
+            assert said in str(response.content)
 
 
 async def test_a_tool_without_content_is_answered_with_its_error() -> None:

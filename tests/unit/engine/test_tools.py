@@ -8,6 +8,7 @@ import pytest
 from llama_stack.apis.agents import AgentConfig
 
 from app.domain.errors import TurnFailure
+from tasks.engine.mcp import Connections, Server
 from tasks.engine.tools import Resolved, Tool, offered, resolve
 from tests.support.mcp_server import McpServer
 from tests.unit.engine.stack import Stack, as_stack
@@ -25,7 +26,16 @@ PLAIN: dict[str, Any] = {
 
 async def resolved(request: dict[str, Any], mcp_url: str | None = None, **agent: Any) -> Resolved:
     config = AgentConfig(**{"model": "m", "instructions": "", **agent})
-    return await resolve(as_stack(Stack(mcp_url=mcp_url)), config, request)
+    connections = Connections(1_000_000)
+    try:
+        return await resolve(
+            as_stack(Stack(mcp_url=mcp_url)),
+            config,
+            request,
+            lambda endpoint: connections.list_tools(Server(endpoint)),
+        )
+    finally:
+        connections.close()
 
 
 def names(given: Resolved) -> list[str]:

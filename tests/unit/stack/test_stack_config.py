@@ -90,7 +90,7 @@ def test_a_host_may_be_missing() -> None:
 def test_no_secret_stands_where_the_providers_route_shows_it() -> None:
     from llama_stack.core.utils.config import redact_sensitive_fields
 
-    config = build_run_config(settings(inference_api_key="sk-secret"), vectors=True)
+    config = build_run_config(settings(inference_api_key="sk-secret", tavily_search_api_key="sk-secret"), vectors=True)
     shown = redact_sensitive_fields({"providers": config.model_dump()["providers"]})
     assert "sk-secret" not in str(shown)
     assert "p@db" not in str(shown)
@@ -99,8 +99,21 @@ def test_no_secret_stands_where_the_providers_route_shows_it() -> None:
 def test_without_pgvector_there_is_no_vector_io_and_no_rag() -> None:
     config = build_run_config(settings(), vectors=False)
     assert "vector_io" not in config.apis
-    assert [provider.provider_id for provider in config.providers["tool_runtime"]] == ["model-context-protocol"]
-    assert not config.registered_resources.tool_groups
+    searches = ["tavily-search", "brave-search", "bing-search"]
+    served = [provider.provider_id for provider in config.providers["tool_runtime"]]
+    assert served == ["model-context-protocol", *searches]
+    groups = config.registered_resources.tool_groups
+    assert [(group.toolgroup_id, group.provider_id) for group in groups] == [("builtin::websearch", "tavily-search")]
+
+
+def test_web_search_is_served_by_whom_the_settings_name() -> None:
+    """Where they say; all three can serve, and have their keys."""
+    given = settings(web_search_provider="brave", web_search_url="http://proxy/", tavily_search_api_key="t-key")
+    config = build_run_config(given, vectors=False)
+    assert config.registered_resources.tool_groups[0].provider_id == "brave-search"
+    found = {provider.provider_id: provider.config for provider in config.providers["tool_runtime"]}
+    assert found["brave-search"] == {"api_key": None, "url": "http://proxy"}
+    assert found["tavily-search"] == {"api_key": "t-key"}
 
 
 def test_worker_has_only_what_turns_call() -> None:

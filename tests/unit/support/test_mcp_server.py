@@ -48,7 +48,7 @@ async def test_the_tools_do_what_they_say(mcp: McpServer) -> None:
     async with session(mcp) as client:
         names = {tool.name for tool in (await client.list_tools()).tools}
         plain = {"add", "get_secret_number", "slow", "fail", "count", "big", "picture", "attachment", "order"}
-        assert names == plain | {"look", "put"}
+        assert names == plain | {"look", "put", "media", "only_structured", "echo_header"}
         assert text(await client.call_tool("add", {"a": 1, "b": 2})) == "3"
         assert text(await client.call_tool("get_secret_number")) == str(SECRET_NUMBER)
         assert text(await client.call_tool("slow", {"seconds": 0, "text": "hi"})) == "hi"
