@@ -143,7 +143,7 @@ async def give_way(config: StackRunConfig, impls: dict[Api, Any]) -> None:
 def _models(server: Provider) -> Iterator[ModelWithOwner]:
     """A server's models by the ids that clients see."""
     dimension = server.config.get("embedding_dimension")
-    known = {model: model for model in server.config["models"]} | server.config["aliases"]
+    known = {model: model for model in server.config["models"]} | server.config.get("aliases", {})
     for identifier, model in known.items():
         yield ModelWithOwner(
             identifier=identifier,
