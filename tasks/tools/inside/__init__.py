@@ -1,0 +1,1 @@
+"""What runs in the sandbox, bound there as /opt/caravan. Programs, not modules: no worker imports them."""
