@@ -12,7 +12,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from app.api import agents, conversations, documentation, errors, inference, responses, sessions, turns
+from app.api import agents, attachments, conversations, documentation, errors, inference, responses, sessions, turns
 from app.api.compat import inference as compat_inference
 from app.api.compat import models, tools, vectors
 from app.api.compat.paths import CurrentPaths
@@ -73,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     documentation.install(app)
     for prefix in ("/v1", "/v1alpha"):
-        for module in (agents, sessions, turns):
+        for module in (agents, sessions, turns, attachments):
             app.include_router(
                 module.router,
                 prefix=prefix,

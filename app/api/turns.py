@@ -333,8 +333,7 @@ async def _answer(
 ) -> Response:
     """One leg, as a stream or as the turn that it leads to."""
     turn_id = accepted.turn_id
-    location = f"/v1/agents/{agent_id}/session/{session_id}/turn/{turn_id}"
-    headers = {"Location": location, "X-Turn-Id": turn_id}
+    headers = {"Location": shapes.turn_path(agent_id, session_id, turn_id), "X-Turn-Id": turn_id}
     just_accepted = accepted.is_new and accepted.after == START
     batches = service.relay.follow(turn_id, accepted.after, through_legs=False, just_accepted=just_accepted)
     if stream:

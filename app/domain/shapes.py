@@ -5,10 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from app.domain import attachments
+
 
 def iso(time: datetime | None) -> str | None:
     """A time as pydantic writes it: `2026-11-23T06:40:58.553378Z`."""
     return None if time is None else time.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def turn_path(agent_id: str | None, session_id: str, turn_id: str) -> str:
+    """Where a turn of an agent is found."""
+    return f"/v1/agents/{agent_id}/session/{session_id}/turn/{turn_id}"
 
 
 def turn(
@@ -28,7 +35,7 @@ def turn(
         "input_messages": input_messages,
         "steps": steps,
         "output_message": output_message,
-        "output_attachments": [],
+        "output_attachments": attachments.made_in(steps),
         "started_at": iso(started_at),
         "completed_at": iso(completed_at),
     }

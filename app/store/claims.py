@@ -17,8 +17,9 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from app.domain.errors import AttemptLost, TurnFailure
 from app.domain.events import Event, EventId, size
 from app.domain.turns import ENDED, TurnKind, TurnStatus
-from app.store import conversations
+from app.store import conversations, session_files
 from app.store.responses import response_chain
+from app.store.session_files import Changes
 from app.store.tables import (
     UNFINISHED_SQL,
     agents,
@@ -284,12 +285,14 @@ def record(
     resolved: dict[str, Any] | None = None,
     started_calls: Sequence[tuple[int, int]] = (),
     result: tuple[int, int, dict[str, Any]] | None = None,
+    files: Changes | None = None,
     end: LegEnd | None = None,
 ) -> Claim:
     """Records what happened since the last recording, in one fenced transaction; gives the claim as it is now.
 
     `events`: all events since the last segment. `step`: the next Step of the journal. `started_calls`: (ordinal, index)
-    of tool calls about to be made. `result`: (ordinal, index, ToolResponse) of one that was made.
+    of tool calls about to be made. `result`: (ordinal, index, ToolResponse) of one that was made. `files`: what it
+    left in the session's folder.
     Raises AttemptLost: this worker no longer owns the turn.
     """
     values: dict[str, Any] = _end_values(end) if end else {}
@@ -300,7 +303,7 @@ def record(
     if events:
         values |= {"last_fence": events[-1].id.fence, "last_n": events[-1].id.n, "tail_lost": False}
         values["event_bytes"] = turns.c.event_bytes + size(events)
-    if started_calls and not values:
+    if (started_calls or files) and not values:
         values["worker_id"] = claim.worker_id  # changes nothing, and needs the fence like every other write
     if values and not _fenced_update(connection, claim, values, events):
         return _advanced(claim, events, step, resolved)
@@ -313,6 +316,8 @@ def record(
         _start_call(connection, claim, ordinal, index)
     if result is not None:
         _finish_call(connection, claim, *result)
+    if files:
+        session_files.leave(connection, claim.session_id, claim.number, files)
     if end and end.items:
         conversations.append(connection, claim.session_id, end.items)
     following = next_in_session(connection, claim.session_id, claim.number) if end and end.status in ENDED else None

@@ -263,6 +263,15 @@ session_chunks = Table(
     Column("embedding_model", Text, nullable=False),
 )
 
+session_files = Table(
+    "session_files",
+    metadata,
+    Column("session_id", _Id, ForeignKey("sessions.session_id", ondelete="CASCADE"), primary_key=True),
+    Column("name", Text, primary_key=True, comment="Path in the folder of the session's code"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="Of the turn that left it so"),
+    Column("content", LargeBinary, comment="Empty: the turn removed it"),
+)
+
 registry_version = Table(
     "registry_version",
     metadata,

@@ -27,10 +27,11 @@ from llama_stack_client import AuthenticationError, LlamaStackClient
 from app.identity.keys import entry, make_key
 from app.local.server import free_port
 from app.local.valkey import Valkey
-from app.settings import Settings
+from app.settings import Settings, sqlalchemy_url
 from app.stack.config import build_run_config
 from app.stack.mounted import routes
 from app.stack.vector_dbs import ROUTES as VECTOR_DBS
+from app.store import Store, session_files
 from tests.support import ROOT, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import TURN_POOL, Process, web_process, worker_node
@@ -323,6 +324,7 @@ class Belongings:
     vector_store_id: str
     file_id: str
     batch_id: str
+    attachment_name: str
     awaiting: str = field(default="")
 
     def ids(self) -> dict[str, str]:
@@ -364,6 +366,13 @@ def new_file(client: httpx.Client) -> str:
     return str(ok(client.post("/v1/files", files=sent, data={"purpose": "assistants"}))["id"])
 
 
+def leave_file(house: House, session_id: str, name: str) -> None:
+    """As the code of the session's first turn would."""
+    store = Store(sqlalchemy_url(house.env["DATABASE_URL"]), pool_size=1, name="tests")
+    store.transact(session_files.leave, session_id, 1, {name: b"hers"})
+    store.close()
+
+
 @pytest.fixture(scope="module")
 def belongings(house: House, mcp: McpServer, embedding: str) -> Belongings:
     with house.client(ALICE) as alice:
@@ -377,6 +386,7 @@ def belongings(house: House, mcp: McpServer, embedding: str) -> Belongings:
         items = ok(alice.post(f"/v1/conversations/{conversation}/items", json={"items": [item]}))["data"]
         group = new_toolgroup(alice, mcp)
         ok(alice.get("/v1/tools", params={"toolgroup_id": group}))
+        leave_file(house, session.split("/")[5], "alices.txt")
         shield = {"shield_id": "guard", "provider_id": "llama-guard", "provider_shield_id": "scripted"}
         return Belongings(
             agent_id=session.split("/")[3],
@@ -393,6 +403,7 @@ def belongings(house: House, mcp: McpServer, embedding: str) -> Belongings:
             vector_store_id=store,
             file_id=file_id,
             batch_id=ok(alice.post(f"/v1/vector_stores/{store}/file_batches", json={"file_ids": [file_id]}))["id"],
+            attachment_name="alices.txt",
         )
 
 
@@ -494,7 +505,7 @@ def test_every_list_shows_only_ones_own(alice: httpx.Client, bob: httpx.Client, 
     shared = {"/v1/health", "/v1/version", "/v1/models", "/v1/openai/v1/models", "/v1/providers", "/v1/inspect/routes"}
     stored = {path for path in lists - shared if "completions" not in path}  # completions: 501, nothing is stored
     shown = {path: json.dumps(ok(bob.get(path))) for path in stored}
-    ids = [value for name, value in belongings.ids().items() if value and name != "tool_name"]
+    ids = [value for name, value in belongings.ids().items() if value and name not in ("tool_name", "attachment_name")]
     assert {(path, name) for path, text in shown.items() for name in ids if name in text} == set()
     assert own_agent in shown["/v1/agents"]
     for path in stored:

@@ -33,11 +33,12 @@ def every_write(claim: Claim) -> dict[str, dict[str, Any]]:
         "resolved": {"resolved": {"context": "late"}},
         "started calls": {"started_calls": [(0, 0)]},
         "a result": {"result": (0, 0, {"content": "late"})},
+        "files": {"result": (0, 0, {"content": "late"}), "files": {"late": b"late"}},
         "an end": {"recorded": [next_event(claim)], "end": COMPLETED},
     }
 
 
-WRITES = ["a step", "events", "resolved", "started calls", "a result", "an end"]
+WRITES = ["a step", "events", "resolved", "started calls", "a result", "files", "an end"]
 LOSSES = ["claimed by another", "taken from the dead", "ended", "handed over"]
 
 
@@ -53,9 +54,10 @@ def lose(seeds: Seeds, claim: Claim, how: str) -> None:
 
 
 def everything_stored(seeds: Seeds, turn_id: str) -> list[Any]:
-    """All rows of a turn, as text."""
+    """All rows of a turn, and its session's files, as text."""
+    files = text("SELECT f::text FROM session_files f JOIN turns USING (session_id) WHERE turn_id = :id ORDER BY 1")
     with seeds.store.engine.begin() as connection:
-        return [
+        return [connection.execute(files, {"id": turn_id}).scalars().all()] + [
             connection.execute(
                 text(f"SELECT {table}::text FROM {table} WHERE turn_id = :id ORDER BY 1"), {"id": turn_id}
             )
