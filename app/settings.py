@@ -162,6 +162,33 @@ class Settings(BaseSettings):
     brave_search_api_key: SecretStr | None = Field(default=None, description="The same of Brave.")
     bing_search_api_key: SecretStr | None = Field(default=None, description="The same of Bing.")
 
+    # Code interpreter
+    sandbox_timeout_seconds: float = Field(
+        default=60, gt=0, description="Seconds that the code of one call may run; it is stopped beyond."
+    )
+    sandbox_memory_max_bytes: int = Field(
+        default=1_073_741_824,
+        ge=268_435_456,
+        description="Bytes of memory that the code of one call may use: each of its processes, and all together.",
+    )
+    sandbox_max_processes: int = Field(
+        default=32, ge=1, description="Processes and threads that the code of one call may have at once."
+    )
+    sandbox_files_max_bytes: int = Field(
+        default=16_777_216,
+        ge=65_536,
+        description="Bytes that the files of a session's folder may have, all together. They are stored in Postgres, "
+        "those that a call changed in one transaction, which may take 5 s.",
+    )
+    sandbox_output_max_bytes: int = Field(
+        default=32_768,
+        ge=1024,
+        description="Bytes of standard output, and of standard error, that the model is told; the middle is left out.",
+    )
+    sandbox_max_at_once: int = Field(
+        default=4, ge=1, description="Calls whose code one worker process runs at once; others wait."
+    )
+
     # Leases
     lease_seconds: float = Field(
         default=6, gt=0, description="Seconds after its last renewal at which a worker counts as dead."

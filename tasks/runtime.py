@@ -36,6 +36,8 @@ from tasks.engine.attempt import Attempt, Tools
 from tasks.isolation import OwnProcesses
 from tasks.lease import Lease
 from tasks.stack import LlamaStack
+from tasks.tools.code_interpreter import limits_of
+from tasks.tools.sandbox import Sandbox
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class Runtime:
     async def _start(self) -> None:
         self._log = EventLog(self._settings.redis_url.get_secret_value())
         self._stack = await LlamaStack.start(self._settings)
+        self._sandbox = Sandbox(limits_of(self._settings), self._settings.sandbox_max_at_once)
         self._background = [
             asyncio.create_task(self._touch(), name="touch"),
             asyncio.create_task(hear_cancellations(self._log, self._cancel), name="cancellations"),
@@ -230,7 +233,7 @@ class Runtime:
             logger.info("claimed, attempt %d", claim.fence)
             await self._keep_registry_current(claim.registry_version)
             may_write = partial(self._lease.valid, claim.worker_id)
-            tools = Tools(self._settings, self._store, self._log, self._stack, may_write)
+            tools = Tools(self._settings, self._store, self._log, self._stack, self._sandbox, may_write)
             try:
                 attempt = self._running[turn_id] = attempt_of(tools, claim)
             except Exception:

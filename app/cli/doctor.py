@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 TIMEOUT_SECONDS = 5
+TRIAL_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,25 @@ def _embedding(settings: Settings) -> Finding:
     return Finding(True, f"{settings.embedding_model}, {dimension} dimensions")
 
 
+def _sandbox(settings: Settings) -> Finding:
+    """Of this machine and user, which need not be the workers'. Nothing else depends on it, so none is no failure."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "tasks.tools"]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False)  # noqa: S603
+    if tried.returncode == 0:
+        return Finding(True, tried.stdout.strip())
+    return Finding(True, f"none here, so a worker's code interpreter would refuse: {tried.stderr.strip()}")
+
+
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "postgres": _postgres,
     "redis": _redis,
     "broker": _broker,
     "workers": _workers,
     "model": _model,
+    "sandbox": _sandbox,
     "embedding": _embedding,
 }
 HINTS = {
@@ -159,6 +173,7 @@ HINTS = {
     "redis": "is the server up, and REDIS_URL right?",
     "broker": "is the server up, and CELERY_BROKER_URL right?",
     "workers": "see postgres above",
+    "sandbox": "see `The sandbox` in docs/operations.md",
     "model": "is the model server up, and INFERENCE_URL (with /v1) and INFERENCE_API_KEY right?",
     "embedding": "RAG needs it: start `caravan embeddings`, or name a server in EMBEDDING_URL (with /v1), "
     "EMBEDDING_API_KEY and EMBEDDING_MODEL",

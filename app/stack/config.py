@@ -31,7 +31,7 @@ from llama_stack.core.storage.datatypes import (
 from pydantic import SecretStr
 
 from app.settings import MINILM, Settings, SettingsError
-from app.stack import postgres
+from app.stack import code_interpreter, postgres
 
 MODULE = "app.stack"  # llama_stack asks `app.stack.provider` for the specs of providers that name this module
 MODEL_SERVER = "model-server"
@@ -102,10 +102,14 @@ def build_run_config(settings: Settings, *, vectors: bool) -> StackRunConfig:
         "tool_runtime": [
             Provider(provider_id="model-context-protocol", provider_type="remote::model-context-protocol", config={}),
             *_web_search(settings),
+            _ours("code-interpreter", "inline::code-interpreter"),
         ],
     }
     search = f"{settings.web_search_provider}-search"
-    tool_groups = [ToolGroupInput(toolgroup_id="builtin::websearch", provider_id=search)]
+    tool_groups = [
+        ToolGroupInput(toolgroup_id="builtin::websearch", provider_id=search),
+        ToolGroupInput(toolgroup_id=code_interpreter.TOOLGROUP, provider_id="code-interpreter"),
+    ]
     vector_stores = None
     if vectors:
         providers["vector_io"] = [_pgvector(settings)]

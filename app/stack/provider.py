@@ -1,6 +1,7 @@
 """The specs of our providers, which llama_stack asks for by `module: app.stack` (its "external providers").
 
-Only `remote::caravan` is new; the others stand in for llama_stack's provider of the same type, and say why there.
+`remote::caravan` and `inline::code-interpreter` are new; the others stand in for llama_stack's provider of the same
+type, and say why there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def get_provider_spec() -> list[ProviderSpec]:
             optional_api_dependencies=[Api.files],
         ),
         *(_web_search(name) for name in ("Tavily", "Brave", "Bing")),
+        InlineProviderSpec(
+            api=Api.tool_runtime,
+            provider_type="inline::code-interpreter",
+            module="app.stack.code_interpreter",
+            config_class="app.stack.code_interpreter.Config",
+        ),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -23,15 +23,19 @@ from pydantic import TypeAdapter
 
 from app.domain import events, history, shapes
 from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunShields, RunTools, decide
+from app.domain.errors import TurnFailure
 from app.domain.events import EventKind
 from app.domain.turns import TurnStatus
+from app.store import session_files
 from app.store.claims import Claim, LegEnd
+from app.store.session_files import Changes
 from tasks.engine import documents, inference, shields, tools
 from tasks.engine.attempt import Attempt, Outcome, Tools
 from tasks.engine.knowledge import Knowledge
 from tasks.engine.ledger import Made, ServerCall
 from tasks.engine.messages import chat_request
 from tasks.engine.server_tools import ServerTools
+from tasks.tools.code_interpreter import CodeInterpreter
 
 _steps: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
 _inputs: TypeAdapter[list[Message]] = TypeAdapter(list[UserMessage | ToolResponseMessage])
@@ -49,7 +53,11 @@ class AgentTurn(Attempt):
         self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
         self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
         self._knowledge = Knowledge(given.stack, given.store, claim.session_id)
-        self._server_tools = ServerTools(given.stack, given.settings, claim.session_id, self._knowledge, self._mcp)
+        load = partial(given.store.run, session_files.folder, claim.session_id)
+        code = CodeInterpreter(given.sandbox, load, shapes.turn_path(claim.agent_id, claim.session_id, claim.turn_id))
+        self._server_tools = ServerTools(
+            given.stack, given.settings, claim.session_id, self._knowledge, self._mcp, code
+        )
 
     async def _leg(self) -> Outcome:
         self._server_tools.secrets = self._secrets
@@ -80,19 +88,36 @@ class AgentTurn(Attempt):
         if not (self._config.toolgroups or request.get("toolgroups") or request.get("documents")):
             return
         resolved = await tools.resolve(self._given.stack, self._config, request, self._server_tools.listed)
+        files: Changes = {}
         if given := _documents.validate_python(request.get("documents") or []):
-            resolved.context = await self._take_in(given, resolved)
-        await self._record(resolved=resolved.model_dump(mode="json"))
+            resolved.context, files = await self._take_in(given, resolved)
+        await self._record(resolved=resolved.model_dump(mode="json"), files=files)
         self._server_tools.resolved = resolved
 
-    async def _take_in(self, given: list[Document], resolved: tools.Resolved) -> str:
-        """The turn's documents: made searchable, or as the text that they add to the model's input."""
+    async def _take_in(self, given: list[Document], resolved: tools.Resolved) -> tuple[str, Changes]:
+        """The turn's documents: made searchable, files for its code, or both; if neither, they are text.
+
+        Gives what they add to the model's input, and the files.
+        """
         fetched = await documents.fetched(given, self._given.settings)
-        texts = await documents.as_texts(fetched, self._given.settings)
-        if not resolved.searches_documents:
-            return "\n".join(texts)
-        await self._knowledge.insert(given, fetched, texts)
-        return ""
+        if resolved.searches_documents:
+            await self._knowledge.insert(given, fetched, await documents.as_texts(fetched, self._given.settings))
+        if resolved.runs_code:
+            files = documents.as_files(fetched)
+            await self._check_folder(files)
+            return documents.told(files), files
+        if resolved.searches_documents:
+            return "", {}
+        return "\n".join(await documents.as_texts(fetched, self._given.settings)), {}
+
+    async def _check_folder(self, files: Mapping[str, bytes]) -> None:
+        """Raises TurnFailure: the session's folder would hold more than it may."""
+        sizes = await self._given.store.run(session_files.sizes, self._claim.session_id)
+        total = sum((sizes | {name: len(content) for name, content in files.items()}).values())
+        limit = self._given.settings.sandbox_files_max_bytes
+        if total > limit:
+            message = f"With these documents the session's files are over {limit} bytes (SANDBOX_FILES_MAX_BYTES)"
+            raise TurnFailure("invalid_request", message)
 
     async def _run_shields(self, action: RunShields) -> Outcome | None:
         """One step for all shields of one kind. Raises TurnFailure: one of them failed."""
@@ -155,7 +180,7 @@ class AgentTurn(Attempt):
         return history.conversation(self._config, [*past, current])
 
     async def _run_tools(self, action: RunTools) -> None:
-        calls = [self._server_call(index, call) for index, call in action.calls]
+        calls = [self._server_call(action.ordinal, index, call) for index, call in action.calls]
         asked = dict(action.calls)
 
         async def record(index: int, running: asyncio.Task[Made]) -> None:
@@ -163,16 +188,25 @@ class AgentTurn(Attempt):
 
         await self._ledger.run(action.ordinal, calls, record)
 
-    def _server_call(self, index: int, call: ToolCall) -> ServerCall:
+    def _server_call(self, ordinal: int, index: int, call: ToolCall) -> ServerCall:
+        runs_code = self._server_tools.runs_code(call)
         return ServerCall(
             index,
             repeatable=self._server_tools.repeatable(call),
-            make=partial(self._call_tool, call),
+            make=partial(self._run_code, ordinal, index, call) if runs_code else partial(self._call_tool, call),
             unknown=events.dump(tools.failed(call, tools.OUTCOME_UNKNOWN)),
         )
 
     async def _call_tool(self, call: ToolCall, key: str) -> dict[str, Any]:
         return events.dump(await self._server_tools.call(call, key))
+
+    async def _run_code(self, ordinal: int, index: int, call: ToolCall, key: str) -> dict[str, Any]:
+        """Records the result together with what the code left: both or neither, so that it can be run again."""
+        code = self._server_tools.code
+        async with code.in_order:
+            result = await self._call_tool(call, key)
+            await self._record(result=(ordinal, index, result), files=code.take_changes())
+            return result
 
     async def _tool_step(self, ordinal: int, index: int, call: ToolCall, running: asyncio.Task[Made]) -> None:
         step_id = str(uuid.uuid4())

@@ -35,6 +35,7 @@ from tasks.engine.inference import model_failure
 from tasks.engine.ledger import Ledger
 from tasks.engine.mcp import Connections, max_message_bytes
 from tasks.stack import LlamaStack
+from tasks.tools.sandbox import Sandbox
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Tools:
     store: Store
     log: EventLog
     stack: LlamaStack
+    sandbox: Sandbox
     may_write: Callable[[], bool]
 
 

@@ -1,8 +1,9 @@
-"""The documents that a turn was given: fetched, and as text."""
+"""The documents that a turn was given: fetched, as text, and as files for its code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 
 from llama_stack.apis.agents import Document
 
@@ -35,3 +36,23 @@ async def as_texts(documents: Sequence[Fetched], settings: Settings) -> list[str
         return [await text_of(document, settings.document_text_max_bytes) for document in documents]
     except UnreadableError as error:
         raise TurnFailure("invalid_request", f"A document cannot be read: {error}") from error
+
+
+def as_files(documents: Sequence[Fetched]) -> dict[str, bytes]:
+    """Their contents by the names of files, no two the same."""
+    files: dict[str, bytes] = {}
+    for document in documents:
+        files[_free_name(document.name, files)] = document.data
+    return files
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    stem, dot, extension = name.rpartition(".")
+    others = (f"{stem or extension}-{number}{dot}{extension if stem else ''}" for number in count(2))
+    return name if name not in taken else next(other for other in others if other not in taken)
+
+
+def told(files: Mapping[str, bytes]) -> str:
+    """What the model is told of the files of a turn, behind the user's message."""
+    listed = "".join(f'\n- "{name}" ({len(content)} bytes)' for name, content in files.items())
+    return f"\n\nThe code interpreter has these files in its current folder:{listed}"

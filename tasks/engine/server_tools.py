@@ -17,12 +17,14 @@ from app.domain.arguments import parsed
 from app.domain.decide import tool_name
 from app.identity.secrets import HEADER, Secrets
 from app.settings import Settings
+from app.stack.code_interpreter import TOOLGROUP as CODE
 from tasks.engine import mcp
 from tasks.engine.knowledge import KNOWLEDGE_SEARCH, Knowledge
 from tasks.engine.mcp import Connections
 from tasks.engine.mcp_wire import Unauthorized
 from tasks.engine.tools import Resolved, Tool, failed
 from tasks.stack import LlamaStack
+from tasks.tools.code_interpreter import CodeInterpreter
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,13 @@ class ServerTools:
     """Of one attempt. `secrets` is set once they are opened, `resolved` once the turn's tools are known."""
 
     def __init__(
-        self, stack: LlamaStack, settings: Settings, session_id: str, knowledge: Knowledge, connections: Connections
+        self,
+        stack: LlamaStack,
+        settings: Settings,
+        session_id: str,
+        knowledge: Knowledge,
+        connections: Connections,
+        code: CodeInterpreter,
     ) -> None:
         self._stack = stack
         self._settings = settings
@@ -39,12 +47,18 @@ class ServerTools:
         self._knowledge = knowledge
         self._mcp = connections
         self.secrets = Secrets()
+        self.code = code
         self.resolved = Resolved()
 
     def repeatable(self, tool_call: ToolCall) -> bool:
         """Whether a call that was in flight when its worker died may be made again."""
         tool = self.resolved.tool(tool_call)
         return tool is not None and tool.safe_to_repeat(self._settings.tools_safe_to_repeat)
+
+    def runs_code(self, tool_call: ToolCall) -> bool:
+        """Whether it is for the code interpreter, whose calls are made in order and recorded with what they leave."""
+        tool = self.resolved.tool(tool_call)
+        return tool is not None and tool.toolgroup_id == CODE
 
     async def call(self, tool_call: ToolCall, key: str) -> ToolResponse:
         """Makes one call. Whatever goes wrong is the response, which never has a secret of the request.
@@ -74,6 +88,8 @@ class ServerTools:
     async def _invoke(self, tool: Tool, arguments: dict[str, Any], key: str) -> ToolInvocationResult:
         if tool.is_mcp:
             return await self._invoke_mcp(tool, arguments, key)
+        if tool.toolgroup_id == CODE:
+            return await self.code.run(arguments)
         if tool.name == KNOWLEDGE_SEARCH:
             return await self._knowledge.search(arguments.get("query"), tool.args)
         kwargs = {**arguments, "session_id": self._session_id}  # whatever the model says

@@ -12,11 +12,14 @@ from pydantic import BaseModel, TypeAdapter
 
 from app.domain.decide import tool_name
 from app.domain.errors import TurnFailure
+from app.stack.code_interpreter import TOOLGROUP as CODE
 from tasks.engine.knowledge import KNOWLEDGE_SEARCH
 from tasks.engine.messages import OpenAITool
 from tasks.stack import LlamaStack
 
-READ_ONLY_BUILTINS = frozenset({"knowledge_search", "web_search"})
+REPEATABLE_BUILTINS = frozenset({"knowledge_search", "web_search", "code_interpreter"})
+"""The first two only read. What code does is nothing but what it leaves in its folder, and that is recorded in the
+transaction that records its result, or not at all."""
 
 _NOT_FOR_MODELS = frozenset({"insert_into_memory"})
 """Listed by `builtin::rag`, and no tool: a call of it is taken for a search."""
@@ -48,7 +51,7 @@ class Tool(BaseModel):
             return True
         if self.is_mcp:
             return bool(self.annotations.get("readOnlyHint") or self.annotations.get("idempotentHint"))
-        return self.name in READ_ONLY_BUILTINS
+        return self.name in REPEATABLE_BUILTINS
 
 
 class Resolved(BaseModel):
@@ -61,6 +64,11 @@ class Resolved(BaseModel):
     def searches_documents(self) -> bool:
         """Whether the turn's documents are to be searched, rather than read as they are."""
         return any(tool.name == KNOWLEDGE_SEARCH and not tool.is_mcp for tool in self.tools)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether the turn's documents are files for its code."""
+        return any(tool.toolgroup_id == CODE for tool in self.tools)
 
     def tool(self, call: ToolCall) -> Tool | None:
         """The tool that a call names."""

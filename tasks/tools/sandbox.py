@@ -14,6 +14,8 @@ import base64
 import json
 import logging
 import os
+import signal
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +29,9 @@ from tasks.tools.jail import Unsandboxed as Unsandboxed
 logger = logging.getLogger(__name__)
 
 MAX_FILES = 1000
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+"""A file in memory takes whole pages."""
+
 GRACE_SECONDS = 10
 """For starting, and for gathering what was left, beside the time that the code has."""
 
@@ -85,31 +90,37 @@ class Ran:
 
 
 class Sandbox:
-    """Of one worker process. `at_once`: runs beside each other; others wait."""
+    """Of one worker process. `places`: for `at_once` runs beside each other; others wait."""
 
     def __init__(self, limits: Limits, at_once: int) -> None:
         self.limits = limits
-        self._places = asyncio.Semaphore(at_once)
+        self.places = asyncio.Semaphore(at_once)
         self._tried = False
+        self._told = ""
         self._trying = asyncio.Lock()
 
     async def run(self, code: str, files: Mapping[str, bytes]) -> Ran:
-        """Runs Python code in a folder that has these files. A cancellation kills it with all that it has started.
+        """Runs Python code in a folder that has these files; whoever calls it has one of the `places`. A cancellation
+        kills the code with all that it has started.
 
         Raises Unsandboxed, Broken.
         """
         await self.trial()
-        async with self._places:
-            return await _run(code, files, self.limits)
+        return await _run(code, files, self.limits)
 
     async def trial(self) -> None:
-        """Once, runs what must fail in a sandbox. Raises Unsandboxed: there is none here, or it would not hold."""
+        """Until it has gone well once, runs what must fail in a sandbox.
+
+        Raises Unsandboxed: there is none here, or it would not hold.
+        """
         async with self._trying:
             if not self._tried:
                 try:
                     await _try(self.limits)
                 except Unsandboxed as missing:
-                    logger.warning("the code interpreter cannot be used: %s", missing)
+                    if str(missing) != self._told:
+                        self._told = str(missing)
+                        logger.warning("the code interpreter cannot be used: %s", missing)
                     raise
                 self._tried = True
 
@@ -135,19 +146,49 @@ def _advice() -> str:
 async def _run(code: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
     """Raises Unsandboxed, Broken."""
     request = _request(code, files, limits)
-    process = await asyncio.create_subprocess_exec(
-        *jail.command(limits.files_bytes),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={},
-    )
+    starting = asyncio.create_task(_start(limits))
     try:
-        return await _converse(process, request, limits)
+        return await _converse(await asyncio.shield(starting), request, limits)
     finally:
+        await _end(await starting)
+
+
+async def _start(limits: Limits) -> Process:
+    """Raises Unsandboxed, Broken."""
+    try:
+        return await asyncio.create_subprocess_exec(
+            *jail.command(limits.files_bytes + MAX_FILES * PAGE_BYTES), stdin=PIPE, stdout=PIPE, stderr=PIPE, env={}
+        )
+    except OSError as error:
+        raise Broken(f"bubblewrap cannot be started: {error}.") from error
+
+
+async def _end(process: Process) -> None:
+    assert process.stdin and process.stdout and process.stderr  # noqa: PT018
+    process.stdin.close()
+    _kill(process.pid)
+    # Read to their ends, without which asyncio does not take a process for ended.
+    await asyncio.gather(_read(process.stdout, 0), _read(process.stderr, 0))
+    await process.wait()
+
+
+def _kill(pid: int) -> None:
+    """bubblewrap, and first the supervisor, whose end is that of all others in there.
+
+    The supervisor of a worker that is root is another user, whom bubblewrap's --die-with-parent does not reach: while
+    it watches the code it ends with its standard input, at other times with its standard output, or by this.
+    """
+    for each in (*_children(pid), pid):
         with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+            os.kill(each, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _request(code: str, files: Mapping[str, bytes], limits: Limits) -> bytes:
@@ -171,10 +212,11 @@ def _request(code: str, files: Mapping[str, bytes], limits: Limits) -> bytes:
     return b"".join([json.dumps(head).encode(), b"\n", *files.values()])
 
 
-async def _converse(process: asyncio.subprocess.Process, request: bytes, limits: Limits) -> Ran:
+async def _converse(process: Process, request: bytes, limits: Limits) -> Ran:
     """Raises Broken. Standard input stays open: its end would stop the run."""
     assert process.stdin and process.stdout and process.stderr  # noqa: PT018
-    process.stdin.write(request)
+    with suppress(OSError, RuntimeError):  # it has ended; its standard error says why
+        process.stdin.write(request)
     most = limits.files_bytes + 8 * limits.output_bytes + REPLY_BYTES
     answering = asyncio.create_task(_read(process.stdout, most))
     complaining = asyncio.create_task(_read(process.stderr, COMPLAINT_BYTES))
@@ -247,10 +289,9 @@ def _own_bytes(pid: int) -> int:
     """Of a process and its descendants: memory that is no file's. proc(5)."""
     pages, waiting = 0, [pid]
     while waiting:
-        place = Path(f"/proc/{waiting.pop()}")
+        each = waiting.pop()
+        waiting += _children(each)
         with suppress(OSError):
-            _, resident, shared, *_ = (place / "statm").read_text().split()
+            _, resident, shared, *_ = Path(f"/proc/{each}/statm").read_text().split()
             pages += int(resident) - int(shared)
-            for task in (place / "task").iterdir():
-                waiting += [int(child) for child in (task / "children").read_text().split()]
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return pages * PAGE_BYTES

@@ -242,7 +242,7 @@ def reply(request: Request, ended: str, outputs: list[str]) -> None:
         "files": [[name, len(content)] for name, content in files],
         "left_out": left_out[:20],
     }
-    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n")
+    sys.stdout.buffer.write(json.dumps(head, ensure_ascii=False).encode() + b"\n")
     for _, content in files:
         sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()

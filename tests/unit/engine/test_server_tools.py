@@ -15,6 +15,7 @@ from tasks.engine.knowledge import Knowledge
 from tasks.engine.mcp import IDEMPOTENCY_KEY, Connections
 from tasks.engine.server_tools import ServerTools
 from tasks.engine.tools import Resolved, Tool
+from tasks.tools.code_interpreter import CodeInterpreter
 from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.unit.engine.stack import Stack, as_stack
@@ -50,7 +51,8 @@ async def called(
         tool_result_max_bytes=max_bytes,
     )
     connections = Connections(1_000_000)
-    server_tools = ServerTools(as_stack(stack), settings, "session", cast(Knowledge, None), connections)
+    knowledge, code = cast(Knowledge, None), cast(CodeInterpreter, None)
+    server_tools = ServerTools(as_stack(stack), settings, "session", knowledge, connections, code)
     server_tools.secrets = secrets
     server_tools.resolved = Resolved(tools=[known])
     try:

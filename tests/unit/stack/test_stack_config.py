@@ -101,9 +101,12 @@ def test_without_pgvector_there_is_no_vector_io_and_no_rag() -> None:
     assert "vector_io" not in config.apis
     searches = ["tavily-search", "brave-search", "bing-search"]
     served = [provider.provider_id for provider in config.providers["tool_runtime"]]
-    assert served == ["model-context-protocol", *searches]
+    assert served == ["model-context-protocol", *searches, "code-interpreter"]
     groups = config.registered_resources.tool_groups
-    assert [(group.toolgroup_id, group.provider_id) for group in groups] == [("builtin::websearch", "tavily-search")]
+    assert [(group.toolgroup_id, group.provider_id) for group in groups] == [
+        ("builtin::websearch", "tavily-search"),
+        ("builtin::code_interpreter", "code-interpreter"),
+    ]
 
 
 def test_web_search_is_served_by_whom_the_settings_name() -> None:
