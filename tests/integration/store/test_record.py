@@ -33,7 +33,7 @@ def every_write(claim: Claim) -> dict[str, dict[str, Any]]:
         "resolved": {"resolved": {"context": "late"}},
         "started calls": {"started_calls": [(0, 0)]},
         "a result": {"result": (0, 0, {"content": "late"})},
-        "files": {"result": (0, 0, {"content": "late"}), "files": {"late": b"late"}},
+        "files": {"files": {"late": b"late"}},
         "an end": {"recorded": [next_event(claim)], "end": COMPLETED},
     }
 
