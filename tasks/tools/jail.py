@@ -102,7 +102,7 @@ def _libraries() -> Iterator[str]:
 
 def _python() -> Iterator[str]:
     """This interpreter and its standard library, without what is installed beside that."""
-    library = Path(os.__file__).parent
+    library = Path(os.__file__).parent.resolve()
     inside = Path("/opt/python") / library.relative_to(Path(sys.base_prefix).resolve())
     yield from ("--ro-bind", os.path.realpath(sys.executable), PYTHON)
     yield from ("--ro-bind", str(library), str(inside))

@@ -166,7 +166,8 @@ async def _start(limits: Limits) -> Process:
 async def _end(process: Process) -> None:
     assert process.stdin and process.stdout and process.stderr  # noqa: PT018
     process.stdin.close()
-    _kill(process.pid)
+    if process.returncode is None:  # else its number may be another's by now
+        _kill(process.pid)
     # Read to their ends, without which asyncio does not take a process for ended.
     await asyncio.gather(_read(process.stdout, 0), _read(process.stderr, 0))
     await process.wait()

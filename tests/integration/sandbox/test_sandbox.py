@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.sandboxed import ROOT, Jailer
+from tests.support.sandboxed import ROOT, USERS, Jailer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap is Linux's alone")
+
+OTHERS = [pytest.param(user, marks=pytest.mark.thorough) for user in USERS[1:]]
+
+
+@pytest.fixture(scope="module", params=[USERS[0], *OTHERS])
+def jailer(request: pytest.FixtureRequest) -> Iterator[Jailer]:
+    made = Jailer(request.param)
+    try:
+        yield made
+    finally:
+        made.stop()
+
 
 CSV = b"year,rate\n2021,4.7\n2022,8.0\n2023,4.1\n"
 PNG = b"\x89PNG"
