@@ -36,8 +36,7 @@ from tasks.engine.attempt import Attempt, Tools
 from tasks.isolation import OwnProcesses
 from tasks.lease import Lease
 from tasks.stack import LlamaStack
-from tasks.tools.code_interpreter import limits_of
-from tasks.tools.sandbox import Sandbox
+from tasks.tools.sandbox import Limits, Sandbox
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class Runtime:
     async def _start(self) -> None:
         self._log = EventLog(self._settings.redis_url.get_secret_value())
         self._stack = await LlamaStack.start(self._settings)
-        self._sandbox = Sandbox(limits_of(self._settings), self._settings.sandbox_max_at_once)
+        self._sandbox = Sandbox(Limits.of(self._settings), self._settings.sandbox_max_at_once)
         self._background = [
             asyncio.create_task(self._touch(), name="touch"),
             asyncio.create_task(hear_cancellations(self._log, self._cancel), name="cancellations"),

@@ -10,15 +10,14 @@ import logging
 import sys
 
 from app.settings import settings_or_exit
-from tasks.tools.code_interpreter import limits_of
-from tasks.tools.sandbox import Sandbox, Unsandboxed
+from tasks.tools.sandbox import Limits, Sandbox, Unsandboxed
 
 
 async def main() -> None:
     """Prints that it holds, or with status 1 why there is none."""
     logging.disable()  # what is wrong is printed
     try:
-        await Sandbox(limits_of(settings_or_exit()), 1).trial()
+        await Sandbox(Limits.of(settings_or_exit()), 1).trial()
     except Unsandboxed as missing:
         sys.exit(str(missing))
     sys.stdout.write("bubblewrap's holds, as tried with this user\n")

@@ -9,7 +9,6 @@ from typing import Any
 from llama_stack.apis.tools import ToolInvocationResult
 
 from app.domain import attachments
-from app.settings import Settings
 from app.store.session_files import Changes
 from tasks.tools.sandbox import MAX_FILES, Broken, Limits, Ran, Sandbox, Unsandboxed
 
@@ -97,14 +96,3 @@ def _status(ended: str, limits: Limits) -> str:
         "(SANDBOX_FILES_MAX_BYTES)",
     }
     return f"error: {reasons.get(ended) or f'it ended with {ended}'}"
-
-
-def limits_of(settings: Settings) -> Limits:
-    """Of each call."""
-    return Limits(
-        seconds=settings.sandbox_timeout_seconds,
-        memory_bytes=settings.sandbox_memory_max_bytes,
-        processes=settings.sandbox_max_processes,
-        files_bytes=settings.sandbox_files_max_bytes,
-        output_bytes=settings.sandbox_output_max_bytes,
-    )

@@ -20,9 +20,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, NonNegativeInt
 
+from app.settings import Settings
 from tasks.tools import jail, seccomp
 from tasks.tools.jail import Unsandboxed as Unsandboxed
 
@@ -76,6 +78,16 @@ class Limits:
     processes: int
     files_bytes: int
     output_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(
+            seconds=settings.sandbox_timeout_seconds,
+            memory_bytes=settings.sandbox_memory_max_bytes,
+            processes=settings.sandbox_max_processes,
+            files_bytes=settings.sandbox_files_max_bytes,
+            output_bytes=settings.sandbox_output_max_bytes,
+        )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from app.store.claims import Claim
 from tasks.engine.agent_turn import AgentTurn
 from tasks.engine.attempt import Attempt, Tools
 from tasks.stack import LlamaStack
-from tasks.tools.code_interpreter import limits_of
-from tasks.tools.sandbox import Sandbox
+from tasks.tools.sandbox import Limits, Sandbox
 from tests.conformance.scripts import Answer, Ask, Script
 from tests.conformance.transcripts import Json, Leg, Transcript, payload
 from tests.conformance.world import World
@@ -197,4 +196,4 @@ def engine_tools(store: Store, log: EventLog, world: World, **settings: Any) -> 
     """What an attempt works with, over the shared world in place of a Llama Stack."""
     chosen = Settings(_env_file=None, database_url="postgresql://unused", inference_model="scripted", **settings)
     stack = cast(LlamaStack, world)
-    return Tools(chosen, store, log, stack, Sandbox(limits_of(chosen), 1), lambda: True)
+    return Tools(chosen, store, log, stack, Sandbox(Limits.of(chosen), 1), lambda: True)

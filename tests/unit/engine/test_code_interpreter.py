@@ -15,8 +15,8 @@ import uvloop
 from app.settings import Settings
 from app.store.session_files import Changes
 from tasks.tools import jail
-from tasks.tools.code_interpreter import CodeInterpreter, limits_of
-from tasks.tools.sandbox import Sandbox
+from tasks.tools.code_interpreter import CodeInterpreter
+from tasks.tools.sandbox import Limits, Sandbox
 
 SETTINGS = Settings(_env_file=None, database_url="postgresql://unused", sandbox_files_max_bytes=65_536)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap is Linux's alone")
@@ -26,7 +26,7 @@ class Recorded(CodeInterpreter):
     """Whose folder is recorded after each call."""
 
     def __init__(self, **files: bytes) -> None:
-        super().__init__(Sandbox(limits_of(SETTINGS), 1), self.folder, "/turn")
+        super().__init__(Sandbox(Limits.of(SETTINGS), 1), self.folder, "/turn")
         self.files = files
         self.recorded: Changes = {}
 
