@@ -102,8 +102,9 @@ def test_a_call_can_be_cancelled_at_any_time(run: Callable[[Coroutine[Any, Any, 
                 call.cancel()
                 assert (await asyncio.wait([call], timeout=30))[0]
 
+    before = {*psutil.Process().children(recursive=True)}
     run(cancel_each())
-    assert psutil.Process().children(recursive=True) == []
+    assert {*psutil.Process().children(recursive=True)} <= before
 
 
 async def test_where_there_is_no_sandbox_nothing_is_run(
