@@ -32,7 +32,7 @@ from tests.support import ROOT, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import TURN_POOL, web_process, worker_node
 from tests.support.pgbouncer import PgBouncer
-from tests.support.scripted_model import ScriptedModel
+from tests.support.scripted_model import DIMENSIONS, ScriptedModel
 
 POOL_SIZE = 6
 TURNS = 24
@@ -217,7 +217,8 @@ def forget_what_was_set(pgbouncer: PgBouncer) -> None:
 
 
 def test_doctor_finds_nothing_wrong(caravan: Caravan) -> None:
-    checking = command(caravan.env | {"INFERENCE_MODEL": "scripted"}, "doctor")
+    embeddings = {"EMBEDDING_URL": caravan.env["INFERENCE_URL"], "EMBEDDING_DIMENSION": str(DIMENSIONS)}
+    checking = command(caravan.env | {"INFERENCE_MODEL": "scripted"} | embeddings, "doctor")
     output, _ = checking.communicate(timeout=60)
     assert checking.returncode == 0, output
 
