@@ -128,15 +128,15 @@ class ServerProcess:
         self.kill()
         self.start()
 
-    def control(self, method: str, path: str) -> Any:
-        """Asks one control route; the answer is JSON."""
+    def control(self, method: str, path: str, body: Any = None) -> Any:
+        """Asks one control route; question and answer are JSON."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=CONTROL_SECONDS)
         try:
-            connection.request(method, f"/control/{path}")
+            connection.request(method, f"/control/{path}", json.dumps(body) if body is not None else None)
             response = connection.getresponse()
-            body = response.read()
+            answer = response.read()
         finally:
             connection.close()
         if response.status != http.HTTPStatus.OK:
-            raise RuntimeError(f"{method} /control/{path}: {response.status} {body!r}")
-        return json.loads(body)
+            raise RuntimeError(f"{method} /control/{path}: {response.status} {answer!r}")
+        return json.loads(answer)

@@ -47,8 +47,11 @@ Requests with `stream` false get the whole message. `stream_options.include_usag
 is accepted. POST /v1/completions takes the script as its `prompt`. Embeddings have `DIMENSIONS` dimensions; texts that
 share words are near to each other; a text with the word `UNEMBEDDABLE` is refused with status 503.
 
-Control: GET /control/requests, /control/open_streams and /control/held/{name}, POST /control/reset and
-/control/release/{name}.
+Text of programs that know no scripts can be given one: after POST /control/rehearse with `{text: script}`, a last user
+message that contains the text is taken for its script (the first that fits), until a reset.
+
+Control: GET /control/requests, /control/open_streams and /control/held/{name}, POST /control/rehearse, /control/reset
+and /control/release/{name}.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ import struct
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import quote, unquote
@@ -395,7 +398,8 @@ class Performance:
 
     async def run(self) -> None:
         check_history(self._messages)
-        script, step = split_conversation(self._messages)
+        text, step = split_conversation(self._messages)
+        script = self._model.script_of(text)
         if judged := _JUDGED.search(script):
             script = guard_script(script, judged[1])
         messages = parse(script)
@@ -556,6 +560,14 @@ class Model:
         self._holds: defaultdict[str, Hold] = defaultdict(Hold)
         self.records: deque[Record] = deque(maxlen=RECORDS_KEPT)
         self.seen: Counter[tuple[str, int]] = Counter()
+        self._rehearsed: dict[str, str] = {}
+
+    def rehearse(self, scripts: dict[str, str]) -> None:
+        self._rehearsed |= scripts
+
+    def script_of(self, text: str) -> str:
+        """What was rehearsed for a text, or itself."""
+        return next((script for part, script in self._rehearsed.items() if part in text), text)
 
     def new_id(self) -> str:
         """Its last eight characters are unique for a long time, across restarts too."""
@@ -719,6 +731,8 @@ class Connection(asyncio.Protocol):
                 return self.model.held(name)
             case "POST", "control", "release", name:
                 return self.model.release(name)
+            case "POST", "control", "rehearse":
+                return self.model.rehearse(_json_body(request))
             case "POST", "control", "reset":
                 return self.model.reset()
         raise Failed(404, f"no route {request.method} {path}")
@@ -794,10 +808,14 @@ class ScriptedModel(ServerProcess):
         return self._before_kill + (self.control("GET", "requests") if self.pid else [])
 
     def reset(self) -> None:
-        """Forgets requests, released names and the counts of ERRTIMES; lets go of what is held."""
+        """Forgets requests, released names, what was rehearsed and the counts of ERRTIMES; lets go of what is held."""
         self._before_kill = []
         if self.pid:
             self.control("POST", "reset")
+
+    def rehearse(self, scripts: Mapping[str, str]) -> None:
+        """Scripts for what programs say that know none: where a last user message contains the key."""
+        self.control("POST", "rehearse", scripts)
 
     def release(self, name: str) -> int:
         """Lets every HOLD of this name go on, now and until a reset; how many were waiting."""

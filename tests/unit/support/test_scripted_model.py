@@ -333,6 +333,16 @@ async def test_a_reset_lets_go_and_closes_the_gate_again(client: openai.AsyncOpe
     assert model.requests() == []
 
 
+async def test_text_that_is_no_script_is_given_one(client: openai.AsyncOpenAI, model: ScriptedModel) -> None:
+    """Wherever the text stands in the last user message, for each message after it, and until a reset."""
+    model.rehearse({"your name": "CALL look | SAY Ali"})
+    asked = user("Hello, what is your name?")
+    assert (await stream(client, asked)).reasons == ["tool_calls"]
+    assert (await stream(client, answered(asked[0]["content"], "seen"))).text == "Ali "
+    model.reset()
+    assert (await stream(client, asked)).text.startswith("You said: Hello")
+
+
 @pytest.mark.parametrize("script", ["HANG", "PART | HANG", "PART a | HOLD never", "DELAY 60000"])
 async def test_a_client_that_leaves_is_seen(client: openai.AsyncOpenAI, model: ScriptedModel, script: str) -> None:
     hung = asyncio.create_task(stream(client, user(script)))
