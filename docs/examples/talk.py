@@ -7,6 +7,8 @@ follows from it. A turn's events come as a stream while a worker runs it.
 from __future__ import annotations
 
 import argparse
+import base64
+import logging
 import mimetypes
 import os
 from collections.abc import Iterable
@@ -17,6 +19,8 @@ from llama_stack_client import LlamaStackClient
 
 RESOURCES = Path(__file__).parent / "resources"
 SHOWN_CHARACTERS = 300
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # the SDK makes it tell of every request
 
 
 def options(description: str | None, *, document: Path | None = None) -> argparse.Namespace:
@@ -37,11 +41,14 @@ def connect(url: str, **provider_data: str | None) -> LlamaStackClient:
 
 
 def document(place: str | Path) -> dict[str, Any]:
-    """A document of a turn: a file goes along as text; a URL is fetched by the worker."""
+    """A document of a turn: text goes along as it is, another file as a data URL; a URL is fetched by the worker."""
     mime_type = mimetypes.guess_type(str(place))[0] or "text/plain"
     if str(place).startswith(("http://", "https://")):
         return {"content": {"uri": str(place)}, "mime_type": mime_type}
-    return {"content": Path(place).read_text(), "mime_type": mime_type}
+    data = Path(place).read_bytes()
+    if mime_type.startswith("text/"):
+        return {"content": data.decode(), "mime_type": mime_type}
+    return {"content": {"uri": f"data:{mime_type};base64,{base64.b64encode(data).decode()}"}, "mime_type": mime_type}
 
 
 class Conversation:
