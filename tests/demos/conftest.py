@@ -13,6 +13,7 @@ from threading import Thread
 
 import pytest
 
+from app.local.embeddings import Embeddings
 from app.local.valkey import Valkey
 from tests.compat.sdks import install
 from tests.demos.running import EXAMPLES, SEED_SDK, Run, run_demo, run_example
@@ -59,6 +60,7 @@ def running(
             "REDIS_URL": servers.enter_context(Valkey(folder)).url,
             "INFERENCE_URL": model.url,
             "INFERENCE_MODEL": "scripted",
+            "EMBEDDING_URL": servers.enter_context(Embeddings(folder)).url,
             "FETCH_ALLOWED": documents.removeprefix("http://"),
             "SEALING_KEYS": base64.b64encode(bytes(32)).decode(),
             "UPKEEP_SECONDS": "0.5",
