@@ -41,14 +41,13 @@ def connect(url: str, **provider_data: str | None) -> LlamaStackClient:
 
 
 def document(place: str | Path) -> dict[str, Any]:
-    """A document of a turn: text goes along as it is, another file as a data URL; a URL is fetched by the worker."""
+    """A document of a turn: a file goes along as a data URL with its name; another URL is fetched by the worker."""
     mime_type = mimetypes.guess_type(str(place))[0] or "text/plain"
-    if str(place).startswith(("http://", "https://")):
-        return {"content": {"uri": str(place)}, "mime_type": mime_type}
-    data = Path(place).read_bytes()
-    if mime_type.startswith("text/"):
-        return {"content": data.decode(), "mime_type": mime_type}
-    return {"content": {"uri": f"data:{mime_type};base64,{base64.b64encode(data).decode()}"}, "mime_type": mime_type}
+    url = str(place)
+    if not url.startswith(("http://", "https://")):
+        path = Path(place)
+        url = f"data:{mime_type};name={path.name};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return {"content": {"uri": url}, "mime_type": mime_type}
 
 
 class Conversation:
