@@ -19,6 +19,7 @@ from tests.compat.sdks import install
 from tests.demos.running import EXAMPLES, SEED_SDK, Run, run_demo, run_example
 from tests.support.nodes import TURN_POOL, web_process, worker_process
 from tests.support.scripted_model import ScriptedModel
+from tests.support.search_server import SearchServer
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Installation:
 
     url: str
     model: ScriptedModel
+    search: SearchServer
     documents: str
 
 
@@ -55,12 +57,14 @@ def running(
     folder = tmp_path_factory.mktemp("demos")
     with ExitStack() as servers:
         model = servers.enter_context(ScriptedModel())
+        search = servers.enter_context(SearchServer())
         environment = {
             "DATABASE_URL": migrated_database("caravan_demos"),
             "REDIS_URL": servers.enter_context(Valkey(folder)).url,
             "INFERENCE_URL": model.url,
             "INFERENCE_MODEL": "scripted",
             "EMBEDDING_URL": servers.enter_context(Embeddings(folder)).url,
+            "WEB_SEARCH_URL": search.url,
             "FETCH_ALLOWED": documents.removeprefix("http://"),
             "SEALING_KEYS": base64.b64encode(bytes(32)).decode(),
             "UPKEEP_SECONDS": "0.5",
@@ -73,13 +77,14 @@ def running(
             process.start()
         for process in (web, worker):
             process.wait_ready()
-        yield Installation(url, model, documents)
+        yield Installation(url, model, search, documents)
 
 
 @pytest.fixture
 def installation(running: Installation) -> Installation:
-    """The scripted model remembers nothing of earlier tests."""
+    """The servers that stand in remember nothing of earlier tests."""
     running.model.reset()
+    running.search.reset()
     return running
 
 
@@ -96,11 +101,11 @@ def demo(installation: Installation) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def example(installation: Installation) -> Callable[..., Run]:
+def example(installation: Installation, tmp_path: Path) -> Callable[..., Run]:
     """Runs one of our examples, while the model says what was rehearsed."""
 
     def run(name: str, scripts: dict[str, str], *options: str, **env: str) -> Run:
         installation.model.rehearse(scripts)
-        return run_example(name, installation.url, *options, env=env)
+        return run_example(name, installation.url, *options, env=env, folder=tmp_path)
 
     return run

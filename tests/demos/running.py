@@ -45,25 +45,26 @@ class Run:
         return json.dumps([one["content"] for one in given if one["tool_name"] == tool], ensure_ascii=False)
 
 
-def run_demo(name: str, url: str, documents: str, *options: str, env: Mapping[str, str] | None = None) -> Run:
+def run_demo(name: str, url: str, documents: str, *options: str, env: Mapping[str, str]) -> Run:
     """A demo of the seed, with its SDK; `documents`: the URL of the folder that its documents are in."""
     address = httpx.URL(url)
     where = [address.host, str(address.port), f"--documents={documents}"]
-    return _run(url, [str(SEED_SDK.home / "bin" / "python"), str(PROGRAMS / f"{name}.py"), *where, *options], env or {})
+    command = [str(SEED_SDK.home / "bin" / "python"), str(PROGRAMS / f"{name}.py"), *where, *options]
+    return _run(url, command, env, PROGRAMS)
 
 
-def run_example(name: str, url: str, *options: str, env: Mapping[str, str] | None = None) -> Run:
-    """One of docs/examples, from a folder that is not its own."""
-    return _run(url, [sys.executable, str(EXAMPLES / f"{name}.py"), f"--url={url}", *options], env or {})
+def run_example(name: str, url: str, *options: str, env: Mapping[str, str], folder: Path) -> Run:
+    """One of docs/examples, in a folder that is not its own: what it saves is left there."""
+    return _run(url, [sys.executable, str(EXAMPLES / f"{name}.py"), f"--url={url}", *options], env, folder)
 
 
-def _run(url: str, command: Sequence[str], env: Mapping[str, str]) -> Run:
+def _run(url: str, command: Sequence[str], env: Mapping[str, str], folder: Path) -> Run:
     """Raises AssertionError: the program failed."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     ended = subprocess.run(
         command,
         env={**kept, "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", **env},
-        cwd="/",
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=PROGRAM_SECONDS,

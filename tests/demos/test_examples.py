@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.demos.conftest import Installation
 from tests.demos.running import EXAMPLES, Run
 from tests.demos.scripts import DESCRIBE, HIGHEST, PLOT, python, search, web
 
@@ -13,19 +15,21 @@ Example = Callable[..., Run]
 KEY = {"TAVILY_SEARCH_API_KEY": "tvly-of-the-client"}
 
 
-def test_hello(example: Example) -> None:
+def test_hello(example: Example, installation: Installation) -> None:
     run = example(
         "hello", {"Who are you?": "SAY A model.", "Silk Road": f"{web('Silk Road cities')} | SAY Many."}, **KEY
     )
     assert "User> Hello! Who are you?\nA model." in run.output
     assert '  calls web_search {"query": "Silk Road cities"}' in run.output
     assert run.calls == ["web_search"]
+    assert [search["key"] for search in installation.search.searches()] == ["tvly-of-the-client"]
 
 
 def test_hello_without_a_key(example: Example) -> None:
     """The tool says what is missing, and the model goes on."""
     run = example("hello", {"Who are you?": "SAY A model.", "Silk Road": f"{web('Silk Road cities')} | SAY So be it."})
     assert "web_search answers: " in run.output
+    assert "TAVILY_SEARCH_API_KEY" in run.responses("web_search")
     assert "So be it." in run.output
     assert run.turns[-1]["status"] == "completed"
 
@@ -63,7 +67,8 @@ def test_rag_with_vector_db(example: Example) -> None:
     assert "after five to seven days" in run.responses("knowledge_search")
 
 
-def test_inflation(example: Example) -> None:
+def test_inflation(example: Example, tmp_path: Path) -> None:
+    """The plot that the code made is saved where the program runs."""
     scripts = {
         "Can you describe it?": f"{DESCRIBE} | SAY Ten years.",
         "Which year ended": f"{HIGHEST} | SAY It was 2022.",
@@ -73,6 +78,9 @@ def test_inflation(example: Example) -> None:
     run = example("inflation", scripts)
     assert "code_interpreter answers: " in run.output
     assert "highest in 2022" in run.responses("code_interpreter")
+    [plot] = tmp_path.iterdir()
+    assert f"saved {plot.name}" in run.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_podcast_transcript(example: Example) -> None:
@@ -103,7 +111,6 @@ def test_react_agent(example: Example) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_each_example_has_a_test_and_a_line_on_the_page(path: object) -> None:
-    name = getattr(path, "stem", "")
-    assert f"{name}.py" in (EXAMPLES / "README.md").read_text()
-    assert name == "talk" or f"test_{name}" in globals()
+def test_each_example_has_a_test_and_a_line_on_the_page(path: Path) -> None:
+    assert path.name in (EXAMPLES / "README.md").read_text()
+    assert path.stem == "talk" or f"test_{path.stem}" in globals()

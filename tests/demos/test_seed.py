@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from tests.demos.conftest import Installation
 from tests.demos.running import Run
 from tests.demos.scripts import DESCRIBE, HIGHEST, PLOT, python, search, web
 
@@ -22,12 +23,15 @@ def test_document_turn(demo: Demo) -> None:
     assert "inference> It hosts agents." in run.output
 
 
-def test_hello(demo: Demo) -> None:
+def test_hello(demo: Demo, installation: Installation) -> None:
     """The client's key reaches the search service."""
     script = f"{web('salt caravans Sahara towns')} | SAY From Timbuktu and Agadez."
     run = demo("hello", {"Hello": "SAY Hello, traveller!", "Search the web": script}, **KEY)
     assert "inference> Hello, traveller!" in run.output
     assert run.calls == ["web_search"]
+    [search] = installation.search.searches()
+    assert (search["query"], search["key"]) == ("salt caravans Sahara towns", "tvly-of-the-client")
+    assert "What one says about salt caravans Sahara towns" in run.output
     assert "inference> From Timbuktu and Agadez." in run.output
 
 
@@ -65,6 +69,7 @@ def test_podcast_transcript(demo: Demo) -> None:
         "meet again in a year": f"{python('print(40 * 2)')} | SAY Three questions.",
         "into Hindi": "SAY तीन प्रश्न",
     }
+    # The demo sends no key by itself.
     run = demo("podcast_transcript", scripts, **KEY)
     assert run.calls == ["knowledge_search", "knowledge_search", "web_search", "code_interpreter"]
     assert "H100s" in run.responses("knowledge_search")
@@ -103,7 +108,7 @@ def test_rag_with_vector_db(demo: Demo) -> None:
     assert "inference> Five litres a day." in run.output
 
 
-def test_react_agent(demo: Demo) -> None:
+def test_react_agent(demo: Demo, installation: Installation) -> None:
     """The SDK finds actions in the model's JSON; it has the server search, and runs its own function."""
     scripts = {
         "Timbuktu": f"{thought(tool_name='web_search', query='food in Timbuktu')} | {answer('at the market')}",
@@ -112,6 +117,7 @@ def test_react_agent(demo: Demo) -> None:
     run = demo("react_agent", scripts, **KEY)
     assert '"answer": "at the market"' in run.output
     assert '"answer": "Ollama and others"' in run.output
+    assert [search["query"] for search in installation.search.searches()] == ["food in Timbuktu"]
     observed = json.dumps([turn["input_messages"] for turn in run.turns])
     assert "every other model server that speaks OpenAI's API" in observed
 
