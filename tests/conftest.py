@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marked = item.get_closest_marker("pools")
         if marked and pool not in marked.args:
             item.add_marker("thorough")
-        if folder in ("fire", "chaos"):
+        if folder in ("fire", "chaos", "demos"):
             group = f"{folder} {pool}"
         else:
             group = f"shared {pool}" if file in SHARE_PROCESSES else str(item.path)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import signal
 import stat
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,65 +12,11 @@ import psutil
 import pytest
 from llama_stack_client import LlamaStackClient
 
-from app.local.server import free_port
 from tests.support import ROOT
+from tests.support.caravan_up import CARAVAN, up
 from tests.support.scripted_model import ScriptedModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-CARAVAN = [sys.executable, "-c", "from app.cli import main; main()"]
-READY_SECONDS = 120
-
-
-class Up:
-    """A running `caravan up`."""
-
-    def __init__(self, process: subprocess.Popen[str], url: str, lines: queue.SimpleQueue[str | None]) -> None:
-        self.process = process
-        self.url = url
-        self._lines = lines
-        self.children = psutil.Process(process.pid).children(recursive=True)
-
-    def interrupt(self) -> int:
-        """Ctrl-C; the exit status."""
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
-
-    def left(self) -> list[psutil.Process]:
-        return [child for child in self.children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-
-
-@contextmanager
-def up(data: Path, model_url: str, *options: str) -> Iterator[Up]:
-    port, flower_port = free_port(), free_port()
-    arguments = ["up", f"--data={data}", f"--port={port}", f"--flower-port={flower_port}", f"--model-url={model_url}"]
-    process = subprocess.Popen(
-        [*CARAVAN, *arguments, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
-    try:
-        _wait_ready(lines)
-        yield Up(process, f"http://127.0.0.1:{port}", lines)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
-    assert process.stdout
-    for line in process.stdout:
-        lines.put(line)
-    lines.put(None)
-
-
-def _wait_ready(lines: queue.SimpleQueue[str | None]) -> None:
-    seen: list[str] = []
-    while (line := lines.get(timeout=READY_SECONDS)) is not None:
-        seen.append(line)
-        if "Ctrl-C stops everything" in line:
-            return
-    raise AssertionError("caravan up ended:\n" + "".join(seen))
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
@@ -119,7 +59,7 @@ def assert_finds_by_meaning(url: str) -> None:
 
 def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) -> None:
     with ScriptedModel() as model:
-        with up(open_path / "data", model.url) as first:
+        with up(open_path / "data", f"--model-url={model.url}") as first:
             assert httpx.get(f"{first.url}/v1/health").status_code == 200
             agent_id = create_agent(first.url)
             turn = run_turn(first.url, agent_id)
@@ -131,7 +71,7 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) ->
         sealing_key = open_path / "data" / "sealing-key"
         made = sealing_key.read_text()
         assert stat.S_IMODE(sealing_key.stat().st_mode) == 0o600
-        with up(open_path / "data", model.url, "--no-flower") as second:
+        with up(open_path / "data", f"--model-url={model.url}", "--no-flower") as second:
             assert httpx.get(f"{second.url}/v1/agents/{agent_id}").status_code == 200
             assert sealing_key.read_text() == made
             knowing = [_environment(child).get("SEALING_KEYS") == made for child in second.children]

@@ -21,6 +21,8 @@ from tests.support.nodes import TURN_POOL, web_process, worker_process
 from tests.support.scripted_model import ScriptedModel
 from tests.support.search_server import SearchServer
 
+WORKERS_KEY = "tvly-of-the-worker"
+
 
 @dataclass(frozen=True)
 class Installation:
@@ -65,6 +67,7 @@ def running(
             "INFERENCE_MODEL": "scripted",
             "EMBEDDING_URL": servers.enter_context(Embeddings(folder)).url,
             "WEB_SEARCH_URL": search.url,
+            "TAVILY_SEARCH_API_KEY": WORKERS_KEY,
             "FETCH_ALLOWED": documents.removeprefix("http://"),
             "SEALING_KEYS": base64.b64encode(bytes(32)).decode(),
             "UPKEEP_SECONDS": "0.5",

@@ -25,15 +25,6 @@ def test_hello(example: Example, installation: Installation) -> None:
     assert [search["key"] for search in installation.search.searches()] == ["tvly-of-the-client"]
 
 
-def test_hello_without_a_key(example: Example) -> None:
-    """The tool says what is missing, and the model goes on."""
-    run = example("hello", {"Who are you?": "SAY A model.", "Silk Road": f"{web('Silk Road cities')} | SAY So be it."})
-    assert "web_search answers: " in run.output
-    assert "TAVILY_SEARCH_API_KEY" in run.responses("web_search")
-    assert "So be it." in run.output
-    assert run.turns[-1]["status"] == "completed"
-
-
 def test_document_turn(example: Example) -> None:
     run = example("document_turn", {"What is Caravan": f"{search('what Caravan is for')} | SAY For long turns."})
     assert run.calls == ["knowledge_search"]

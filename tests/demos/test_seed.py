@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from tests.demos.conftest import Installation
+from tests.demos.conftest import WORKERS_KEY, Installation
 from tests.demos.running import Run
 from tests.demos.scripts import DESCRIBE, HIGHEST, PLOT, python, search, web
 
@@ -59,8 +59,8 @@ def test_inflation(demo: Demo) -> None:
     assert plot["mime_type"] == "image/png"
 
 
-def test_podcast_transcript(demo: Demo) -> None:
-    """One agent searches its document, the web, and computes, in the turns of one session."""
+def test_podcast_transcript(demo: Demo, installation: Installation) -> None:
+    """One agent searches its document, the web (with the worker's key), and computes, in the turns of one session."""
     scripts = {
         "can you summarize it": f"{search('slow freight')} | SAY They talk of salt.",
         "three topics": "SAY Salt, camels, money.",
@@ -69,11 +69,11 @@ def test_podcast_transcript(demo: Demo) -> None:
         "meet again in a year": f"{python('print(40 * 2)')} | SAY Three questions.",
         "into Hindi": "SAY तीन प्रश्न",
     }
-    # The demo sends no key by itself.
     run = demo("podcast_transcript", scripts, **KEY)
     assert run.calls == ["knowledge_search", "knowledge_search", "web_search", "code_interpreter"]
     assert "H100s" in run.responses("knowledge_search")
     assert "80" in run.responses("code_interpreter")
+    assert [search["key"] for search in installation.search.searches()] == [WORKERS_KEY]
     assert "inference> तीन प्रश्न" in run.output
 
 
