@@ -76,7 +76,7 @@ class Inference:
             shown = f"{buffer.name}("
         if function.arguments:
             buffer.arguments += function.arguments
-            shown = function.arguments
+            shown += function.arguments  # many servers send both at once; llama_stack drops the name then
         if shown:
             self.publish(self.progress.tool_call(shown, "in_progress"))
 

@@ -63,6 +63,12 @@ async def test_a_calls_pieces_are_published_and_then_the_whole() -> None:
     assert [one.model_dump() for one in given.tool_calls] == [whole]
 
 
+async def test_a_call_in_one_piece_is_shown_with_its_name() -> None:
+    """As Ollama and llama.cpp send it."""
+    _, deltas = await answer(chunk(None, piece(0, "c1", "add", '{"a":1}')))
+    assert [delta["tool_call"] for delta in deltas[:-1]] == ['add({"a":1}', ")"]
+
+
 async def test_parallel_calls_are_told_by_their_index() -> None:
     """Their pieces may be mixed; a missing index is the first."""
     given, _ = await answer(
