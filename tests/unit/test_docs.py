@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = [path for path in (ROOT / "docs").rglob("*.md") if "resources" not in path.parts]
+"""What the examples are about (docs/examples/resources) is no page."""
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -65,7 +67,7 @@ def test_relative_links_resolve(path: Path) -> None:
 
 def test_each_page_is_reached_from_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
-    for path in (ROOT / "docs").rglob("*.md"):
+    for path in PAGES:
         assert path.name == "index.md" or f"({path.relative_to(ROOT / 'docs')})" in index, path
 
 
