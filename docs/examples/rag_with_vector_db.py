@@ -21,7 +21,7 @@ client.tool_runtime.rag_tool.insert(
         for page in pages
     ],
     vector_db_id=database.id,
-    chunk_size_in_tokens=128,
+    chunk_size_in_tokens=512,
 )
 print(f"{len(pages)} documents are in {database.id}")
 
