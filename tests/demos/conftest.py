@@ -91,10 +91,15 @@ def installation(running: Installation) -> Installation:
     return running
 
 
-@pytest.fixture
-def demo(installation: Installation) -> Callable[..., Run]:
-    """Runs a demo of the seed, while the model says what was rehearsed."""
+@pytest.fixture(scope="package")
+def seed_sdk() -> None:
+    """The SDK of the seed's demos is installed."""
     install([SEED_SDK])
+
+
+@pytest.fixture
+def demo(installation: Installation, seed_sdk: None) -> Callable[..., Run]:
+    """Runs a demo of the seed, while the model says what was rehearsed."""
 
     def run(name: str, scripts: dict[str, str], **env: str) -> Run:
         installation.model.rehearse(scripts)

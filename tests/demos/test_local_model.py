@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat.sdks import install
-from tests.demos.running import EXAMPLES, PROGRAMS, SEED_SDK, Run, run_demo, run_example
+from tests.demos.running import EXAMPLES, PROGRAMS, Run, run_demo, run_example
 from tests.support.caravan_up import up
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,8 +32,7 @@ def programs(folder: Path, shared: str, quick: set[str]) -> list[object]:
 
 
 @pytest.mark.parametrize("name", programs(PROGRAMS, "common", set()))
-def test_demo(name: str, url: str, documents: str) -> None:
-    install([SEED_SDK])
+def test_demo(name: str, url: str, documents: str, seed_sdk: None) -> None:
     check(run_demo(name, url, documents, SHORT, env={}))
 
 
