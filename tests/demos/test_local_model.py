@@ -14,7 +14,7 @@ from tests.support.caravan_up import up
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = "--max-tokens=96"
-QUICK = {"document_turn", "hello"}
+QUICK = {"document_turn"}
 """What `make test` runs, too."""
 
 
