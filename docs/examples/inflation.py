@@ -24,3 +24,5 @@ for attachment in turn.output_attachments or ():
     file = Path(f"{turn.turn_id[:8]}-{Path(unquote(path)).name}")
     file.write_bytes(client.get(path, cast_to=httpx.Response).content)
     print(f"saved {file}")
+if not turn.output_attachments:
+    print("the model made no plot")
