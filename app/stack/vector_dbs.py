@@ -11,8 +11,8 @@ import asyncio
 import functools
 import inspect
 import re
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 from llama_stack.apis.common.errors import VectorStoreNotFoundError
@@ -59,6 +59,7 @@ class VectorDBs:
         self._router = router
         self._table = router.routing_table
         self._lock = lock
+        self._turn = asyncio.Lock()
 
     async def list_vector_dbs(self) -> VectorDBList:
         stores = await self._table.get_all_with_type(KIND)
@@ -87,14 +88,21 @@ class VectorDBs:
         """
         if not _ID.fullmatch(vector_db_id):
             raise ValueError("vector_db_id must have 1 to 128 letters, digits, `.`, `_` or `-`, the first no sign")
-        lock = self._lock()
-        await asyncio.to_thread(lock.__enter__)
-        try:
+        async with self._exclusively():
             return await self._existing(vector_db_id, embedding_model, embedding_dimension) or await self._make(
                 vector_db_id, embedding_model, embedding_dimension, provider_id, vector_db_name or vector_db_id
             )
-        finally:
-            await asyncio.to_thread(lock.__exit__, None, None, None)
+
+    @asynccontextmanager
+    async def _exclusively(self) -> AsyncIterator[None]:
+        """Of this process, one waits in a thread: if all threads did, who has the lock would find none to go on in."""
+        async with self._turn:
+            lock = self._lock()
+            await asyncio.to_thread(lock.__enter__)
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(lock.__exit__, None, None, None)
 
     async def _existing(self, vector_db_id: str, model: str, dimension: int | None) -> VectorDB | None:
         # Straight from Postgres: another web process may have registered it a moment ago.

@@ -104,9 +104,9 @@ def call(system: System, method: str, path: str, web: int = 0, **more: Any) -> h
     return httpx.request(method, system.urls[web] + path, timeout=30, **more)
 
 
-def database(system: System, web: int = 0) -> str:
+def database(system: System, web: int = 0, name: str | None = None) -> str:
     """Registered as programs for llama-stack 0.1 and 0.2 do, with the provider that their servers had."""
-    name = f"db-{uuid.uuid4().hex[:8]}"
+    name = name or f"db-{uuid.uuid4().hex[:8]}"
     body = {
         "vector_db_id": name,
         "embedding_model": EMBEDDER,
@@ -225,6 +225,17 @@ def test_a_document_inserted_again_takes_the_place_of_the_first(system: System) 
         assert sorted(contents(system, db)) == sorted([last, "camels number"])
     insert(system, db, document("camels number", "d")).raise_for_status()
     assert contents(system, db) == ["camels number"] * 2
+
+
+def test_many_databases_are_registered_at_once(system: System) -> None:
+    """More than a web process has threads, on each of two; the same one by all: it is one."""
+    names = [f"db-{uuid.uuid4().hex[:8]}" for _ in range(8)] + ["shared"] * 8
+    with ThreadPoolExecutor(len(names)) as threads:
+        made = list(threads.map(lambda each: database(system, each[0] % 2, each[1]), enumerate(names)))
+    assert made == names
+    for web in BOTH:
+        listed = [each["identifier"] for each in call(system, "GET", "/v1/vector-dbs", web).json()["data"]]
+        assert {name: listed.count(name) for name in names} == dict.fromkeys(names, 1)
 
 
 def test_chunks_are_replaced_by_their_ids(system: System) -> None:
