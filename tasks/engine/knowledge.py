@@ -60,10 +60,7 @@ class Knowledge:
             failure = model_failure(error)
             message = f"The turn's documents cannot be embedded by {model}: {failure.message}"
             raise TurnFailure(failure.code, message, failure.status) from error
-        rows = [
-            SessionChunk(chunk.content, chunk.model_dump(mode="json", exclude={"embedding"}), chunk.embedding)
-            for chunk in chunks
-        ]
+        rows = await asyncio.to_thread(_rows, chunks)
         await self._ask(session_chunks.replace_document, document_id, model, rows)
 
     async def _model(self) -> str:
@@ -132,6 +129,17 @@ class _SessionIndex(SearchIndex):
     async def query_keyword(self, query_string: str, k: int, score_threshold: float) -> QueryChunksResponse:
         found = await self._store.run(session_chunks.matching, self._session_id, query_string, k)
         return _answer(found, score_threshold)
+
+
+def _rows(chunks: Sequence[Chunk]) -> list[SessionChunk]:
+    return [
+        SessionChunk(
+            str(chunk.content),
+            chunk.model_dump(mode="json", exclude={"embedding"}),
+            session_chunks.array_of(chunk.embedding or ()),
+        )
+        for chunk in chunks
+    ]
 
 
 def _answer(found: list[tuple[dict[str, Any], float]], least: float) -> QueryChunksResponse:

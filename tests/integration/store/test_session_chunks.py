@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from sqlalchemy import text
 
 from app.store import Store, agents, session_chunks
-from app.store.session_chunks import SessionChunk
+from app.store.session_chunks import SessionChunk, array_of
 from tests.integration.store.seeds import OWNER, Seeds
 
 
@@ -17,7 +19,7 @@ def _pgvector(store: Store) -> None:
 
 
 def chunk(content: str, *embedding: float) -> SessionChunk:
-    return SessionChunk(content, {"content": content}, embedding)
+    return SessionChunk(content, {"content": content}, array_of(embedding))
 
 
 def found(store: Store, session: str, *embedding: float) -> list[str]:
@@ -61,3 +63,22 @@ def test_chunks_go_with_their_session_or_agent(store: Store, seeds: Seeds) -> No
     store.transact(agents.mark_agent_deleted, OWNER, agent)
     store.transact(agents.purge_deleted, -1, 1000)
     assert found(store, other, 1, 0) == []
+
+
+def test_the_largest_document_takes_a_part_of_a_transactions_time(store: Store, seeds: Seeds) -> None:
+    """A megabyte of text that is all signs, with long vectors: beyond that time it would be tried again for ever."""
+    session = seeds.session()
+    many = [chunk("camels drink " * 20, *[0.123456789] * 1536)] * 5500
+    store.transact(session_chunks.replace_document, session, "d", "m", many)
+    assert len(found(store, session, *[1.0] * 1536)) == 10
+
+
+def test_attempts_that_write_the_same_document_at_once_take_turns(store: Store, seeds: Seeds) -> None:
+    """One of them has lost its lease, and does not know it yet."""
+    session, many = seeds.session(), [chunk("camels", 1, 0)] * 50
+    with ThreadPoolExecutor(3) as threads:
+        written = [
+            threads.submit(store.transact, session_chunks.replace_document, session, "d", "m", many) for _ in range(20)
+        ]
+        assert [each.result() for each in written] == [None] * 20
+    assert len(store.transact(session_chunks.nearest, session, [1.0, 0.0], 100)) == 50
