@@ -46,18 +46,24 @@ async def text_of(document: Fetched, max_bytes: int) -> str:
     Raises UnreadableError: its type is not supported, it is broken or encrypted, it takes over 30 s, or its text is
     over `max_bytes`.
     """
-    text = await asyncio.get_running_loop().run_in_executor(_THREADS, _text, document, max_bytes)
+    children: list[subprocess.Popen[bytes]] = []
+    reading_it = asyncio.get_running_loop().run_in_executor(_THREADS, _text, document, max_bytes, children)
+    try:
+        text = await reading_it
+    finally:
+        for child in children:
+            child.kill()  # of a turn that was cancelled; one that has ended is not touched
     if len(text.encode(errors="replace")) > max_bytes:
         raise _too_long(document, max_bytes)
     return text.encode(errors="replace").decode().replace("\0", "")
 
 
-def _text(document: Fetched, max_bytes: int) -> str:
+def _text(document: Fetched, max_bytes: int, children: list[subprocess.Popen[bytes]]) -> str:
     kind, data = document.mime_type, document.data
     if data.startswith(_PDF) or kind == "application/pdf":  # whatever it was said to be
-        return _read("pdf", document, data, max_bytes)
+        return _read("pdf", document, data, max_bytes, children)
     if kind in _HTML:
-        return _read("html", document, _decoded(document).encode(errors="replace"), max_bytes)
+        return _read("html", document, _decoded(document).encode(errors="replace"), max_bytes, children)
     if kind.startswith("text/") or kind in _TEXTS or kind.endswith(("+json", "+xml", "+yaml")):
         return _decoded(document)
     if kind == UNKNOWN_TYPE and b"\0" not in data and (text := _as_utf8(data)) is not None:
@@ -89,19 +95,23 @@ def _as_utf8(data: bytes) -> str | None:
         return None
 
 
-def _read(kind: str, document: Fetched, data: bytes, max_bytes: int) -> str:
+def _read(kind: str, document: Fetched, data: bytes, max_bytes: int, children: list[subprocess.Popen[bytes]]) -> str:
     command = [sys.executable, "-I", str(Path(reading.__file__)), kind, str(max_bytes)]
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired as error:
-        raise UnreadableError(f"{document.name} was not read within {SECONDS:g} s") from error
-    if done.returncode == reading.TOO_LONG:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:  # noqa: S603
+        children.append(child)
+        try:
+            text, problem = child.communicate(data, SECONDS)
+        except subprocess.TimeoutExpired as error:
+            child.kill()
+            raise UnreadableError(f"{document.name} was not read within {SECONDS:g} s") from error
+    if child.returncode == reading.TOO_LONG:
         raise _too_long(document, max_bytes)
-    if done.returncode == reading.UNREADABLE:
-        raise UnreadableError(f"{document.name} {done.stderr.decode(errors='replace').strip()}")
-    if done.returncode:
+    if child.returncode == reading.UNREADABLE:
+        raise UnreadableError(f"{document.name} {problem.decode(errors='replace').strip()}")
+    if child.returncode:
         raise UnreadableError(f"{document.name} cannot be read: its {kind.upper()} takes too much memory or time")
-    return done.stdout.decode(errors="replace")
+    return text.decode(errors="replace")
 
 
 def _too_long(document: Fetched, max_bytes: int) -> UnreadableError:

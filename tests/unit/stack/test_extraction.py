@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import zlib
 
+import psutil
 import pytest
 from pypdf import PdfWriter
 
 from app.stack import extraction
 from app.stack.extraction import UnreadableError, text_of
 from app.stack.fetching import Fetched
+from tests.support import wait_until
 
 LIMIT = 10_000
 
@@ -129,6 +132,16 @@ async def test_a_document_that_takes_for_ever_is_given_up(monkeypatch: pytest.Mo
     monkeypatch.setattr(extraction, "SECONDS", 0.01)
     with pytest.raises(UnreadableError, match=r"within 0\.01 s"):
         await text(PAGE.encode(), "text/html")
+
+
+async def test_a_document_of_a_turn_that_is_cancelled_is_not_read_on() -> None:
+    """It has 25 s of CPU; meanwhile it would hold others up, and the end of its worker."""
+    children = psutil.Process().children
+    reading = asyncio.create_task(text_of(Fetched(b"<a x='" * 200_000, "text/html", "a.html"), 2_000_000))
+    await asyncio.to_thread(wait_until, children)
+    reading.cancel()
+    await asyncio.wait([reading])
+    await asyncio.to_thread(wait_until, lambda: not children())
 
 
 async def test_a_pdf_that_fills_the_memory_is_an_error() -> None:
