@@ -145,8 +145,8 @@ class Connection:
         self._watchdog = Watchdog("stack")
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises psycopg2.OperationalError: Postgres cannot be reached, or others have waited for it for 5 s."""
-        with self._locked():
+        """Raises psycopg2.OperationalError: Postgres cannot be reached, or has not answered others for 10 s."""
+        with self._locked(QUERY_SECONDS):
             if self._connection is None or self._connection.closed:
                 self._connection = open_connection(self._parameters)
                 self._connection.autocommit = True
@@ -155,12 +155,15 @@ class Connection:
 
     def run[T](self, work: Callable[[Any], T]) -> T:
         """What `work` returns for a cursor; tried once more where it found that the connection had been lost."""
-        with self._locked():
+        with self._locked(LOCK_WAIT_SECONDS):
             return self.limited(lambda: self._attempt(work), KEY_VALUE_SECONDS)
 
     def limited[T](self, work: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
-        """What `work` returns, which uses cursors of this connection; tried once more where that had been lost."""
-        with self._watchdog.limit(seconds) as limit:
+        """What `work` returns, which uses cursors of this connection; tried once more where that had been lost.
+
+        Its time begins when it has the connection: it would cut off the query of another that it waits for.
+        """
+        with self._locked(QUERY_SECONDS), self._watchdog.limit(seconds) as limit:
             used = self._connection
             try:
                 return work()
@@ -171,9 +174,9 @@ class Connection:
                 return work()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=LOCK_WAIT_SECONDS):
-            raise psycopg2.OperationalError(f"Postgres did not answer another query within {LOCK_WAIT_SECONDS} s")
+    def _locked(self, seconds: float) -> Iterator[None]:
+        if not self._lock.acquire(timeout=seconds):
+            raise psycopg2.OperationalError(f"Postgres did not answer another query within {seconds} s")
         try:
             yield
         finally:

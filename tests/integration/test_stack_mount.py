@@ -10,6 +10,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +30,7 @@ from app.settings import Settings
 from app.stack.chunks import ModelError
 from app.stack.completions import CHAT
 from app.stack.mounted import RegistryHook, StackApp, create_stack_app, stack_lifespan
-from app.stack.postgres import libpq_parameters, open_connection
+from app.stack.postgres import Connection, libpq_parameters, open_connection
 from app.store.tables import metadata
 from tasks.stack import LlamaStack
 
@@ -550,6 +551,28 @@ async def test_worker_goes_on_after_its_connections_were_cut(settings: Settings,
             )
         await stack.refresh_registry()
         assert {model.identifier for model in (await stack.models.list_models()).data} == {*MODELS, *EMBEDDING_MODELS}
+
+
+async def test_who_waits_for_the_connection_does_not_cut_off_who_has_it(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document's insertion may take longer than a look into the registry may."""
+    monkeypatch.setattr("app.stack.postgres.KEY_VALUE_SECONDS", 0.2)
+    connection, begun = Connection(libpq_parameters(make_url(database_url))), threading.Event()
+    tries: list[str] = []
+
+    def insert() -> None:
+        with connection.cursor() as cursor:
+            tries.append("one")
+            begun.set()
+            cursor.execute("SELECT pg_sleep(1)")
+
+    inserting = asyncio.create_task(asyncio.to_thread(connection.limited, insert))
+    await asyncio.to_thread(begun.wait)
+    await asyncio.to_thread(connection.run, lambda cursor: cursor.execute("SELECT 1"))
+    await inserting
+    assert tries == ["one"]
+    connection.close()
 
 
 async def test_who_searches_the_web_can_be_changed(settings: Settings, database_url: str) -> None:
