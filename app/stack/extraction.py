@@ -33,6 +33,8 @@ _TEXTS = frozenset({
 })  # fmt: skip
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
          (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+_NO_CHARSETS = frozenset({"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"})
+"""Of Python's encodings: not for documents. A megabyte of Punycode takes it hours."""
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset=[\"']?([\w-]{1,40})", re.IGNORECASE)
 
 
@@ -80,9 +82,9 @@ def _decoded(document: Fetched) -> str:
     marked = next((charset for bom, charset in _BOMS if data.startswith(bom)), None)
     for charset in (marked, declared, "utf-8"):
         try:
-            if charset:
+            if charset and codecs.lookup(charset).name not in _NO_CHARSETS:
                 return data.decode(charset)
-        except (LookupError, UnicodeDecodeError):
+        except (LookupError, ValueError):
             continue
     guessed = chardet.detect(data[:_SAMPLE_BYTES])["encoding"] or "cp1252"
     return data.decode(guessed, errors="replace")

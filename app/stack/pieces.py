@@ -23,7 +23,10 @@ async def pieces(document_id: str, text: str, tokens: int, overlap: int, metadat
 
     As `make_overlapped_chunks` of llama_stack makes them, but: in a thread, since it reads a vocabulary first; the id
     of a piece says whose it is, so that two documents of one text do not share it; no piece only repeats the last's.
+    Raises ValueError: they overlap by more than four fifths (by all but one token, a document makes gigabytes).
     """
+    if not 0 <= 5 * overlap <= 4 * tokens:
+        raise ValueError(f"chunk_overlap_tokens must be from 0 to {4 * tokens // 5} for {tokens} tokens, not {overlap}")
     return await asyncio.to_thread(_pieces, document_id, text, tokens, overlap, metadata)
 
 

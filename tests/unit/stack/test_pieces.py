@@ -41,6 +41,12 @@ async def test_nothing_has_no_pieces(text: str) -> None:
     assert await cut(text=text) == []
 
 
+@pytest.mark.parametrize("overlap", [-1, 81, 100, 400])
+async def test_pieces_that_hardly_differ_or_have_gaps_are_refused(overlap: int) -> None:
+    with pytest.raises(ValueError, match=f"from 0 to 80 for 100 tokens, not {overlap}"):
+        await pieces("d", TEXT, 100, overlap, {})
+
+
 class Inference:
     """`asked`: how many texts each request had."""
 
