@@ -83,10 +83,15 @@ async def refresh(impls: dict[Api, Any]) -> None:
 
 
 async def _reload(registry: CachedDiskDistributionRegistry) -> None:
+    """What this process registers or removes meanwhile is newer than what is read."""
+    before = dict(registry.cache)
     values = await registry.kvstore.values_in_range(*_get_registry_key_range())
     objects = [parsed for value in values if (parsed := _parse(value)) is not None]
     async with registry._cache_lock:
-        registry.cache = {(parsed.type, parsed.identifier): parsed for parsed in objects}
+        read = {(parsed.type, parsed.identifier): parsed for parsed in objects}
+        newer = {key: value for key, value in registry.cache.items() if before.get(key) is not value}
+        removed = before.keys() - registry.cache.keys()
+        registry.cache = {key: value for key, value in (read | newer).items() if key not in removed}
 
 
 def _parse(value: str) -> Any:

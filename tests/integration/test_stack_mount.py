@@ -23,6 +23,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from llama_stack.apis.inference import OpenAIChatCompletionRequestWithExtraBody
+from llama_stack.providers.datatypes import Api
 from sqlalchemy.engine import make_url
 
 from app.domain.errors import CompletionError
@@ -540,6 +541,28 @@ def start_process(program: str, settings: Settings, *arguments: str) -> None:
         [sys.executable, "-c", program, json.dumps(values), *arguments], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+async def test_what_is_registered_while_the_registry_is_read_stays_known(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is removed stays unknown: the request that did it goes on with what it has just made."""
+    async with web(settings) as (client, app):
+        registry = app.impls[Api.models].dist_registry
+        read = registry.kvstore.values_in_range
+
+        async def slowly(*bounds: str) -> list[str]:
+            values: list[str] = await read(*bounds)
+            body = {"model_id": "new", "provider_id": "model-server"}
+            assert (await client.post("/v1/models", json=body)).status_code == 200
+            assert (await client.delete("/v1/models/old")).status_code in (200, 204)
+            return values
+
+        await client.post("/v1/models", json={"model_id": "old", "provider_id": "model-server"})
+        monkeypatch.setattr(registry.kvstore, "values_in_range", slowly)
+        await app.refresh_registry()
+        known = {model["identifier"] for model in (await client.get("/v1/models")).json()["data"]}
+        assert ("new" in known, "old" in known) == (True, False)
 
 
 async def test_worker_goes_on_after_its_connections_were_cut(settings: Settings, database_url: str) -> None:
