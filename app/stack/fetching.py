@@ -18,8 +18,10 @@ import socket
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Self
 from urllib.parse import unquote_to_bytes
@@ -41,6 +43,9 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _URL_ALONE = re.compile(r"\s*(https?://\S+|data:[^\s,]*,.*)\s*", re.IGNORECASE | re.DOTALL)
 _NO_BRACKETS = str.maketrans("", "", "[]")
 _UNSAFE = re.compile(r"[^\w.@+ -]")
+
+# Of their own: a name server of somebody else's may keep them waiting, and everything uses the loop's threads.
+_NAMES = ThreadPoolExecutor(4, "names")
 
 # Not for everyone to reach, though `is_global` says so of some: they stand for an IPv4 address, or for a site's own.
 _STAND_INS = [
@@ -265,8 +270,8 @@ class _Checked(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
+        look_up = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_NAMES, look_up)
         known = self._rules.allows_host(HTTPURL.build(scheme="http", host=host, port=port))
         for *_, sockaddr in found:
             if not known and not self._rules.allows_address(str(sockaddr[0])):

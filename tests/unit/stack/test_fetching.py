@@ -7,6 +7,7 @@ import base64
 import gzip
 import socket
 import ssl
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -167,6 +168,21 @@ async def test_a_name_is_resolved_once_and_connected_where_it_was_checked(
     assert (await fetch_url(f"http://rebinding.example:{server.port}/a", rules)).data == b"<p>camels"
     assert names["rebinding.example"] == [["127.0.0.2"]]
     assert server.heard["/a"]["Host"] == f"rebinding.example:{server.port}"
+
+
+async def test_names_that_are_not_answered_hold_nothing_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the loop has threads: the registry is read in these."""
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: over.wait())
+    asked = [asyncio.create_task(fetch_url(f"http://{n}.example/", allowing())) for n in range(64)]
+    try:
+        await asyncio.sleep(0)  # each has begun
+        await asyncio.wait_for(asyncio.to_thread(int), 20)
+    finally:
+        over.set()
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)
 
 
 async def test_each_redirect_is_checked(serve: Callable[..., Any], names: dict[str, list[list[str]]]) -> None:
