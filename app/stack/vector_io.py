@@ -176,6 +176,13 @@ class VectorStores(PGVectorVectorIOAdapter):
         ]
         return VectorStoreSearchResponsePage(search_query=words, data=data, has_more=False, next_page=None)
 
+    def _matches_filters(self, metadata: Metadata, filters: Metadata) -> bool:
+        try:
+            matches: bool = super()._matches_filters(metadata, filters)
+        except TypeError:  # a number is neither more nor less than a text
+            return False
+        return matches
+
     # --- files ---
 
     async def openai_attach_file_to_vector_store(

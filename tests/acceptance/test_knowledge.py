@@ -422,6 +422,9 @@ def test_vector_stores_are_one_on_all_web_processes(system: System, openai: list
             model="scripted", input=search("drink 3.md"), tools=[tool], include=["file_search_call.results"]
         )
         assert "camels drink 3.md" in {found.text for found in answer.output[0].results}  # type: ignore[union-attr]
+    for kind, found in (("gt", set[str]()), ("ne", {file.id for file in files})):
+        filters: Any = {"type": kind, "key": "filename", "value": 1}  # which is a text
+        assert {each.file_id for each in two.vector_stores.search(store, query="camels", filters=filters)} == found
     two.vector_stores.files.delete(files[3].id, vector_store_id=store)
     assert "camels drink 3.md" not in {found.content[0].text for found in one.vector_stores.search(store, query="3.md")}
     assert one.vector_stores.files.content(files[0].id, vector_store_id=store)
