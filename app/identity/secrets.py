@@ -6,13 +6,13 @@ the members that it knows (`tavily_search_api_key`, `mcp_headers`, …). They ar
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from app.domain.arguments import parsed
 from app.domain.errors import InvalidRequest
 from app.identity.sealing import Sealing
 
@@ -42,11 +42,9 @@ def provider_data(header: str | None) -> dict[str, Any]:
     if len(header) > MAX_BYTES:
         raise InvalidRequest(f"{HEADER}: is over {MAX_BYTES} bytes", HEADER)
     try:
-        given = json.loads(header)
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise InvalidRequest(f"{HEADER}: must be a JSON object", HEADER)
+        given = parsed(header)
+    except ValueError:
+        raise InvalidRequest(f"{HEADER}: must be a JSON object, nested up to 200 deep", HEADER) from None
     # llama_stack keeps the caller's name among them, under such a name.
     members = {name: value for name, value in given.items() if value not in (None, "", {}) and name[:2] != "__"}
     for name, value in members.items():

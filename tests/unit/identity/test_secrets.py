@@ -34,6 +34,12 @@ def test_nobody_says_by_them_who_they_are() -> None:
         '["sekret"]',
         '"sekret"',
         "[" * 20_000,
+        '{"a": '
+        + "[" * 1_200
+        + '"sekret"'
+        + "]" * 1_200
+        + "}",  # json reads it, and nothing in Python looks through it
+        '{"a": "sekret \\ud83d"}',
         json.dumps({"sekret": "x" * MAX_BYTES}),
         '{"tavily_search_api_key": 5}',
         '{"brave_search_api_key": "sekret\\r\\nX-Other: 1"}',
