@@ -19,6 +19,7 @@ from llama_stack.apis.tools import ToolInvocationResult
 from mcp import ClientSession, McpError, types
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
+from pydantic import ValidationError
 
 from app.settings import Settings
 from tasks.engine import mcp_content
@@ -260,6 +261,8 @@ def _outcome(asking: asyncio.Task[Any], failure: asyncio.Future[Any], watching: 
         except McpError as error:
             if error.error.code != types.CONNECTION_CLOSED or error.error.message != "Connection closed":
                 raise
+        except ValidationError as error:
+            raise reason(error) from None
     if failure.done():
         failure.result()
     if watching.done() and (cause := watching.exception()) is not None:
@@ -291,9 +294,22 @@ async def _initialized(
         wire = Wire(server.headers, max_bytes)
         read, write = await opening.enter_async_context(transport(server, wire))
         session = await opening.enter_async_context(ClientSession(read, write))
-        await session.initialize()
+        await _initialize(session, wire)
         stack.push_async_exit(opening.pop_all())
         return session, wire
+
+
+async def _initialize(session: ClientSession, wire: Wire) -> None:
+    """Raises what the wire tells, too: `mcp` would wait on."""
+    failure = asyncio.get_running_loop().create_future()
+    asking = asyncio.create_task(session.initialize())
+    try:
+        with wire.expecting(session._request_id, failure):
+            await asyncio.wait({asking, failure}, return_when=asyncio.FIRST_COMPLETED)
+        await (failure if failure.done() else asking)
+    finally:
+        asking.cancel()
+        failure.cancel()
 
 
 @asynccontextmanager

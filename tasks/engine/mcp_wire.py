@@ -18,6 +18,8 @@ from functools import lru_cache
 from typing import Any, cast
 
 import httpx
+from mcp.types import JSONRPCMessage
+from pydantic import ValidationError
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,10 @@ CONNECT_SECONDS = 30
 _REFUSED = (401, 403)
 _NOT_SEEN = (400, 404)
 """The server does not know the session: it was restarted, or has forgotten it."""
+_ANYTHING = "*/*"
+"""Accepts who gets the answer elsewhere (over SSE)."""
 _END_OF_EVENT = re.compile(rb"\n\n|\r\n\r\n")
+_ID_OF_EVENT = re.compile(rb"[\r\n]id:")
 
 
 class NotDelivered(ConnectionError):
@@ -67,17 +72,19 @@ class Wire(httpx.AsyncClient):
             del self._expected[request_id]
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        message = _message(request)
+        message = await _message(request)
         asks = "method" in message and "id" in message
         failure = self._expected.get(message["id"]) if asks else None
         if failure is None and (asks or not message):
             return self._limited(await super().send(request, **options), None)
         try:
-            response = await super().send(request, **options)
-            if response.is_error:
+            response = self._limited(await super().send(request, **options), failure)
+            try:
+                await _check(request, response, asks=asks)
+            except BaseException:
                 await response.aclose()
-                raise refusal(response.status_code)
-            return self._limited(response, failure)
+                raise
+            return response
         except (httpx.RequestError, ConnectionError) as error:
             if failure is None:
                 logger.debug("an MCP server did not take a notification or an answer: %s", type(error).__name__)
@@ -114,7 +121,7 @@ class Limited(httpx.AsyncByteStream):
         self._limit = limit
         self._on_failure = on_failure
         self._size = 0
-        self._seen = b""
+        self._seen = b"\n"
         self._has_ids = False
         """Then `mcp` asks for the rest of a stream that broke."""
 
@@ -123,6 +130,8 @@ class Limited(httpx.AsyncByteStream):
             async for part in self._stream:
                 self._count(part)
                 yield part
+            if self._is_events and not self._has_ids:  # `mcp` reads no further than to the answer
+                self._on_failure(ConnectionError("the MCP server ended its answer before the result"))
         except (httpx.RequestError, ConnectionError) as error:
             if isinstance(error, ConnectionError) or not self._has_ids:
                 self._on_failure(reason(error))
@@ -134,7 +143,7 @@ class Limited(httpx.AsyncByteStream):
         self._seen = self._seen[-3:] + part
         if self._is_events and (ends := [end.end() for end in _END_OF_EVENT.finditer(self._seen)]):
             self._size = len(self._seen) - ends[-1]
-        self._has_ids = self._has_ids or b"id:" in self._seen
+        self._has_ids = self._has_ids or _ID_OF_EVENT.search(self._seen) is not None
         if self._size > self._limit:
             raise TooLarge(f"the MCP server's answer has more than {self._limit} bytes (see TOOL_RESULT_MAX_BYTES)")
 
@@ -142,10 +151,27 @@ class Limited(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
-def _message(request: httpx.Request) -> dict[str, Any]:
+async def _message(request: httpx.Request) -> dict[str, Any]:
     """The JSON-RPC message that a request brings, if it brings one."""
-    message = json.loads(request.content) if request.method == "POST" else None
+    message = json.loads(await request.aread()) if request.method == "POST" else None
     return message if isinstance(message, dict) else {}
+
+
+async def _check(request: httpx.Request, response: httpx.Response, *, asks: bool) -> None:
+    """Raises ConnectionError: it is refused, or this is no answer that it accepts; `mcp` would wait for another."""
+    if response.is_error:
+        raise refusal(response.status_code)
+    accepted = request.headers.get("accept", _ANYTHING)
+    if not asks or accepted == _ANYTHING or response.has_redirect_location:
+        return
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if response.status_code == httpx.codes.ACCEPTED or not kind or kind not in accepted:
+        raise ConnectionError(f"the MCP server's answer, {kind or response.status_code}, is no message")
+    if kind == "application/json":
+        try:
+            JSONRPCMessage.model_validate_json(await response.aread())
+        except ValueError:
+            raise ConnectionError("the MCP server's answer is no message") from None
 
 
 def _fail(failure: asyncio.Future[Any], error: Exception) -> None:
@@ -160,11 +186,13 @@ def refusal(status: int) -> ConnectionError:
 
 
 def reason(error: Exception) -> Exception:
-    """The first cause in anyio's groups of errors, in words that show no URL: that may hold a secret."""
+    """The first cause in anyio's groups of errors, in words that show no URL and no answer: these may hold a secret."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, httpx.HTTPStatusError):
         return refusal(error.response.status_code)
+    if isinstance(error, ValidationError):
+        return ConnectionError("the MCP server's answer is not what was asked for")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
         return NotDelivered(f"the MCP server cannot be reached: {error or type(error).__name__}")
     if isinstance(error, httpx.RequestError):

@@ -19,9 +19,11 @@ The last three wait, after they have counted, so many seconds and until the hold
 
 Calls are recorded in a file of JSON lines: one line when a call begins, one with the same `id` when it ends.
 
+Beside it, what is no MCP server: /moved?to=… (307) and /page (HTML).
+
 Control: GET /control/counts, /control/sessions (how many were opened) and /control/held/{name}, POST
-/control/release/{name}, /control/reset, /control/tool/{name} (adds one) and /control/refuse/{status} (answers the next
-request in a session so).
+/control/release/{name}, /control/reset, /control/tool/{name} (adds one), /control/keep (lets no client end its session)
+and /control/answer/{status}?kind=…&body=… (answers the next request in a session so).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import uvicorn
 from mcp.server.fastmcp import FastMCP
@@ -55,9 +58,8 @@ from mcp.types import (
     ToolAnnotations,
 )
 from pydantic import AnyUrl
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.support import ServerProcess, exit_with_parent, wait_until
@@ -90,7 +92,8 @@ class RecordingMCP(FastMCP):
         self.counts: Counter[str] = Counter()
         self.holds: defaultdict[str, Hold] = defaultdict(Hold)
         self.sessions = 0
-        self.refuse_next: int | None = None
+        self.keeps_sessions = False
+        self.next_answer: Response | None = None
         self._calls_file = calls_file
 
     async def call_tool(self, name: str, arguments: dict[str, Any]) -> Sequence[ContentBlock] | dict[str, Any]:
@@ -142,6 +145,7 @@ def build(host: str, calls_file: Path) -> RecordingMCP:
     server = RecordingMCP(host, calls_file)
     _add_tools(server)
     _add_control(server)
+    _add_others(server)
     return server
 
 
@@ -257,7 +261,7 @@ def _add_control(server: RecordingMCP) -> None:
     @server.custom_route("/control/reset", methods=["POST"])
     async def reset(_: Request) -> Response:
         server.counts.clear()
-        server.sessions, server.refuse_next = 0, None
+        server.sessions, server.keeps_sessions, server.next_answer = 0, False, None
         for hold in server.holds.values():
             hold.released.set()
         server.holds.clear()
@@ -272,9 +276,15 @@ def _add_control(server: RecordingMCP) -> None:
         server.add_tool(lambda: "new", name=request.path_params["name"], description="A new one.")
         return JSONResponse(None)
 
-    @server.custom_route("/control/refuse/{status}", methods=["POST"])
-    async def refuse(request: Request) -> Response:
-        server.refuse_next = int(request.path_params["status"])
+    @server.custom_route("/control/keep", methods=["POST"])
+    async def keep(_: Request) -> Response:
+        server.keeps_sessions = True
+        return JSONResponse(None)
+
+    @server.custom_route("/control/answer/{status}", methods=["POST"])
+    async def answer(request: Request) -> Response:
+        query = request.query_params
+        server.next_answer = Response(query["body"], int(request.path_params["status"]), media_type=query["kind"])
         return JSONResponse(None)
 
     @server.custom_route("/control/held/{name}", methods=["GET"])
@@ -287,6 +297,16 @@ def _add_control(server: RecordingMCP) -> None:
         hold = server.holds[request.path_params["name"]]
         hold.released.set()
         return JSONResponse(hold.waiting)
+
+
+def _add_others(server: RecordingMCP) -> None:
+    @server.custom_route("/moved", methods=["GET", "POST"])
+    async def moved(request: Request) -> Response:
+        return RedirectResponse(request.query_params["to"])
+
+    @server.custom_route("/page", methods=["GET", "POST"])
+    async def page(_: Request) -> Response:
+        return HTMLResponse("<html>")
 
 
 class McpServer(ServerProcess):
@@ -303,19 +323,13 @@ class McpServer(ServerProcess):
         host: str = "127.0.0.1",
         *,
         sse: bool = False,
-        keeps_sessions: bool = False,
         token: str = "",
-        redirects_to: str = "",
     ) -> None:
-        """`keeps_sessions`: clients cannot end them (405 for DELETE), as with many servers. `token`: 401 without
-        `Authorization: Bearer <token>`. `redirects_to`: 307 to this URL, whatever is asked.
-        """
+        """`token`: 401 without `Authorization: Bearer <token>`."""
         descriptor, name = tempfile.mkstemp(prefix="caravan-mcp-calls-", suffix=".jsonl")
         os.close(descriptor)
-        chosen = {"--sse": sse, "--keep-sessions": keeps_sessions}
-        options = [option for option, given in chosen.items() if given]
-        doors = ["--token", token, "--redirect", redirects_to]
-        super().__init__(port, host, ["--calls", name, *options, *doors])
+        options = ["--sse"] if sse else []
+        super().__init__(port, host, ["--calls", name, "--token", token, *options])
         self._calls_file = Path(name)
         weakref.finalize(self, self._calls_file.unlink, missing_ok=True)
 
@@ -337,9 +351,13 @@ class McpServer(ServerProcess):
     def add_tool(self, name: str) -> None:
         self.control("POST", f"tool/{name}")
 
-    def refuse_next(self, status: int) -> None:
-        """The next request of a client in a session is answered with this status, and not looked at."""
-        self.control("POST", f"refuse/{status}")
+    def keep_sessions(self) -> None:
+        """Clients cannot end them (405 for DELETE), as with many servers; until a reset."""
+        self.control("POST", "keep")
+
+    def answer_next(self, status: int, kind: str = "text/plain", body: str = "") -> None:
+        """The next request of a client in a session is answered so, and not looked at."""
+        self.control("POST", f"answer/{status}?{urlencode({'kind': kind, 'body': body})}")
 
     def release(self, name: str) -> int:
         """Lets every call that holds this name go on, now and until a reset; how many were waiting."""
@@ -363,36 +381,29 @@ class McpServer(ServerProcess):
 
 
 class Doors:
-    """ASGI middleware: who is let in. Counts sessions, and refuses as it was told to."""
+    """ASGI middleware: who is let in. Counts sessions, and answers as it was told to."""
 
-    def __init__(self, app: ASGIApp, server: RecordingMCP, token: str, redirects_to: str) -> None:
-        self.app, self.server, self.token, self.redirects_to = app, server, token, redirects_to
+    def __init__(self, app: ASGIApp, server: RecordingMCP, token: str) -> None:
+        self.app, self.server, self.token = app, server, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._refusal(Request(scope)) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
+        answer = self._answer(Request(scope)) if scope["type"] == "http" else None
+        await (answer or self.app)(scope, receive, send)
 
-    def _refusal(self, request: Request) -> Response | None:
+    def _answer(self, request: Request) -> Response | None:
         path, is_post = request.url.path, request.method == "POST"
         if path.startswith("/control/"):
             return None
-        if self.redirects_to:
-            return Response(status_code=307, headers={"location": self.redirects_to})
         if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
             return Response(status_code=401)
+        if self.server.keeps_sessions and request.method == "DELETE":
+            return Response(status_code=405)
         in_session = "mcp-session-id" in request.headers or path.startswith("/messages/")
-        if is_post and in_session and (status := self.server.refuse_next):
-            self.server.refuse_next = None
-            return Response(status_code=status)
-        self.server.sessions += not in_session and (is_post or path == "/sse")
+        if is_post and in_session and (answer := self.server.next_answer):
+            self.server.next_answer = None
+            return answer
+        self.server.sessions += not in_session and ((is_post and path == "/mcp") or path == "/sse")
         return None
-
-
-class KeepSessions(BaseHTTPMiddleware):
-    """Lets no client end its session."""
-
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        return Response(status_code=405) if request.method == "DELETE" else await call_next(request)
 
 
 def main() -> None:
@@ -401,18 +412,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
     parser.add_argument("--calls", type=Path, default=os.devnull, help="the file of JSON lines that records calls")
     parser.add_argument("--sse", action="store_true", help="the older transport, in place of streamable HTTP")
-    parser.add_argument("--keep-sessions", action="store_true", help="answer DELETE with 405")
     parser.add_argument("--token", default="", help="what clients must send as Authorization: Bearer")
-    parser.add_argument("--redirect", default="", help="where to send every client on to")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
         exit_with_parent()
     server = build(arguments.host, arguments.calls)
     app, path = (server.sse_app(), "sse") if arguments.sse else (server.streamable_http_app(), "mcp")
-    app.add_middleware(Doors, server=server, token=arguments.token, redirects_to=arguments.redirect)
-    if arguments.keep_sessions:
-        app.add_middleware(KeepSessions)
+    app.add_middleware(Doors, server=server, token=arguments.token)
     listener = socket.create_server((arguments.host, arguments.port), backlog=1024)
     print(f"ready http://{arguments.host}:{listener.getsockname()[1]}/{path}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -21,7 +21,6 @@ from tests.support import wait_until
 from tests.support.mcp_server import PICTURE, McpServer
 
 MAX_BYTES = 1_000_000
-both_transports = pytest.mark.parametrize("running", ["streamable HTTP", "SSE"], indirect=True)
 one_transport = pytest.mark.parametrize("running", ["streamable HTTP"], indirect=True)
 
 
@@ -41,9 +40,9 @@ async def call_tool(server: Server, name: str, arguments: dict[str, Any], key: s
         connections.close()
 
 
-@pytest.fixture(scope="module", params=["streamable HTTP", "keeps sessions", "SSE"])
+@pytest.fixture(scope="module", params=["streamable HTTP", "SSE"])
 def running(request: pytest.FixtureRequest) -> Iterator[McpServer]:
-    with McpServer(sse=request.param == "SSE", keeps_sessions=request.param == "keeps sessions") as started:
+    with McpServer(sse=request.param == "SSE") as started:
         yield started
 
 
@@ -51,6 +50,14 @@ def running(request: pytest.FixtureRequest) -> Iterator[McpServer]:
 def server(running: McpServer) -> McpServer:
     running.reset()
     return running
+
+
+@pytest.fixture(params=[False, True], ids=["", "keeps sessions"])
+def any_server(server: McpServer, request: pytest.FixtureRequest) -> McpServer:
+    """Also one whose sessions clients cannot end."""
+    if request.param:
+        server.keep_sessions()
+    return server
 
 
 async def test_tools_are_listed_with_their_annotations(server: McpServer) -> None:
@@ -122,7 +129,6 @@ async def connections() -> AsyncIterator[Connections]:
     made.close()
 
 
-@both_transports
 async def test_a_server_has_one_session_for_all_that_is_asked(server: McpServer, connections: Connections) -> None:
     """Also for calls at once. Other headers are another session: it may be another user's there."""
     there = Server(server.url)
@@ -147,7 +153,6 @@ async def test_a_session_that_a_restart_has_ended_is_opened_again(server: McpSer
     assert (server.counts(), server.sessions()) == ({"b0": 1, "b1": 1}, 1)
 
 
-@both_transports
 @pytest.mark.parametrize("status", [500, 429])
 async def test_a_request_that_fails_is_one_calls_failure(
     server: McpServer, connections: Connections, status: int
@@ -156,7 +161,7 @@ async def test_a_request_that_fails_is_one_calls_failure(
     there = Server(server.url)
     held = asyncio.create_task(connections.call_tool(there, "order", {"key": "a", "hold": "gate"}, "key"))
     await asyncio.to_thread(server.wait_held, "gate")
-    server.refuse_next(status)
+    server.answer_next(status)
     with pytest.raises(ConnectionError, match=f"status {status}; whether the call had an effect is not known"):
         await connections.call_tool(there, "count", {"key": "b"}, "key")
     server.release("gate")
@@ -172,14 +177,13 @@ async def test_a_call_of_a_session_that_the_server_has_forgotten_is_made_in_anot
     there = Server(server.url)
     held = asyncio.create_task(connections.call_tool(there, "order", {"key": "a", "hold": "gate"}, "key"))
     await asyncio.to_thread(server.wait_held, "gate")
-    server.refuse_next(404)
+    server.answer_next(404)
     await connections.call_tool(there, "count", {"key": "b"}, "key")
     assert (server.counts(), server.sessions()) == ({"a": 1, "b": 1}, 2)
     server.release("gate")
     assert [item.text for item in (await held).content] == ["a"]
 
 
-@both_transports
 async def test_a_result_that_is_huge_is_not_read(server: McpServer, connections: Connections) -> None:
     """It is that call's failure; many that are large are not added up."""
     there = Server(server.url)
@@ -202,9 +206,52 @@ async def test_a_server_that_wants_credentials(connections: Connections) -> None
 @one_transport
 async def test_headers_are_not_sent_on_to_another_server(server: McpServer, connections: Connections) -> None:
     """Whatever they are called: httpx would keep `Authorization` only."""
-    with McpServer(redirects_to=server.url) as redirecting, pytest.raises(ConnectionError, match="status 307"):
-        await connections.list_tools(Server(redirecting.url, {"X-Api-Key": "secret"}))
+    moved = server.url.replace("/mcp", f"/moved?to={server.url.replace('127.0.0.1', 'localhost')}")
+    with pytest.raises(ConnectionError, match="status 307"):
+        await connections.list_tools(Server(moved, {"X-Api-Key": "secret"}))
     assert server.sessions() == 0
+
+
+@one_transport
+async def test_a_server_may_send_on_to_another_path(server: McpServer, connections: Connections) -> None:
+    """As many do that are asked with a slash at the end."""
+    result = await connections.call_tool(Server(server.url + "/"), "add", {"a": 1, "b": 2}, "key")
+    assert [item.text for item in result.content] == ["3"]
+
+
+@one_transport
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        (200, "text/html", "<html>"),
+        (200, "application/json", "{nonsense"),
+        (200, "application/json", '{"jsonrpc": "2.0", "id": 2, "result": {"content": "half \\ud83d"}}'),
+        (200, "application/json", '{"jsonrpc": "2.0", "id": 2, "result": {"content": "of another kind"}}'),
+        (200, "text/event-stream", ": nothing\n\n"),
+        (
+            200,
+            "text/event-stream",
+            'data: {"jsonrpc": "2.0", "method": "notifications/message", "params": '
+            '{"level": "info", "data": "paid: 5"}}\n\n',
+        ),
+        (202, "application/json", ""),
+        (204, "text/plain", ""),
+    ],
+)
+async def test_an_answer_that_is_none_is_one_calls_failure(
+    server: McpServer, connections: Connections, status: int, kind: str, body: str
+) -> None:
+    """At once: `mcp` would wait for another one. Other calls go on."""
+    there = Server(server.url)
+    held = asyncio.create_task(connections.call_tool(there, "order", {"key": "a", "hold": "gate"}, "key"))
+    await asyncio.to_thread(server.wait_held, "gate")
+    server.answer_next(status, kind, body)
+    async with asyncio.timeout(10):
+        with pytest.raises(ConnectionError, match=r"answer.*; whether the call had an effect is not known"):
+            await connections.call_tool(there, "count", {"key": "b"}, "key")
+    server.release("gate")
+    assert [item.text for item in (await held).content] == ["a"]
+    assert (server.counts(), server.sessions()) == ({"a": 1}, 1)
 
 
 @one_transport
@@ -216,21 +263,21 @@ async def test_a_tool_that_is_added_is_listed_next(server: McpServer, connection
     assert added == {name}
 
 
-async def test_a_call_carries_its_key(server: McpServer) -> None:
+async def test_a_call_carries_its_key(any_server: McpServer) -> None:
     """In `_meta`, where the tool's arguments do not meet it."""
-    await call_tool(Server(server.url), "count", {"key": "a"}, "turn:0:1")
-    [call] = server.calls()
+    await call_tool(Server(any_server.url), "count", {"key": "a"}, "turn:0:1")
+    [call] = any_server.calls()
     assert (call["arguments"], call["_meta"][IDEMPOTENCY_KEY]) == ({"key": "a"}, "turn:0:1")
 
 
-async def test_a_cancelled_call_is_cancelled_in_the_server(server: McpServer) -> None:
+async def test_a_cancelled_call_is_cancelled_in_the_server(any_server: McpServer) -> None:
     """It is told; that a connection breaks would not stop it."""
-    call = asyncio.create_task(call_tool(Server(server.url), "order", {"key": "a", "hold": "gate"}, "key"))
-    await asyncio.to_thread(server.wait_held, "gate")
+    call = asyncio.create_task(call_tool(Server(any_server.url), "order", {"key": "a", "hold": "gate"}, "key"))
+    await asyncio.to_thread(any_server.wait_held, "gate")
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    await asyncio.to_thread(wait_until, lambda: server.calls()[0]["ended"] == "cancelled")
+    await asyncio.to_thread(wait_until, lambda: any_server.calls()[0]["ended"] == "cancelled")
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
@@ -284,7 +331,10 @@ async def test_a_server_that_cannot_be_reached_is_an_error(url: str) -> None:
     assert "secret" not in str(raised.value)
 
 
-async def test_a_server_that_is_none_is_an_error(server: McpServer) -> None:
-    """The status of its first answer is named."""
-    with pytest.raises(Exception, match=r"status 40|Session terminated"):
-        await list_tools(Server(server.url + "/nowhere"))
+@pytest.mark.parametrize(("path", "said"), [("/nowhere", "status 40"), ("/page", "text/html|status 405")])
+async def test_a_server_that_is_none_is_an_error(server: McpServer, path: str, said: str) -> None:
+    """Its first answer is named, at once."""
+    url = server.url.rpartition("/")[0] + path
+    async with asyncio.timeout(10):
+        with pytest.raises(ConnectionError, match=said):
+            await list_tools(Server(url))
