@@ -188,16 +188,17 @@ class ResponseTools:
             raise TurnFailure("invalid_request", message) from None
         annotations = {each.name: each.annotations.model_dump(exclude_none=True) for each in listed if each.annotations}
         shown = [each for each in listed if _is_allowed(tool, each.name, annotations.get(each.name) or {})]
+        tools = [
+            {
+                "name": each.name,
+                "description": each.description,
+                "input_schema": each.inputSchema,
+                "annotations": None,
+            }
+            for each in shown
+        ]
         return Listed(
-            [
-                {
-                    "name": each.name,
-                    "description": each.description,
-                    "input_schema": each.inputSchema,
-                    "annotations": None,
-                }
-                for each in shown
-            ],
+            self._secrets.hide(tools),
             {each.name: annotations[each.name] for each in shown if each.name in annotations},
         )
 

@@ -103,9 +103,10 @@ class ServerTools:
         return await self._mcp.call_tool(self._server(endpoint), tool.name, arguments, key)
 
     async def listed(self, endpoint: str) -> list[types.Tool]:
-        """The tools of an MCP server. Raises Exception, in words for the turn's user."""
+        """The tools of an MCP server, which may repeat a secret too. Raises Exception, in words for the turn's user."""
         try:
-            return await self._mcp.list_tools(self._server(endpoint))
+            listed = await self._mcp.list_tools(self._server(endpoint))
+            return [types.Tool.model_validate(self.secrets.hide(tool.model_dump(mode="json"))) for tool in listed]
         except Exception as error:
             raise ConnectionError(self.secrets.hide(_words(error))) from None
 

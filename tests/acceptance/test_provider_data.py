@@ -448,6 +448,7 @@ def test_a_secret_is_kept_nowhere(
     queries = ("camels", "LEAK", "STATUS 401", "STATUS 500", "GARBAGE", "OTHER")
     searching = " & ".join(called(query) for query in queries)
     echoes = 'CALL echo_header {"name": "Authorization"} & CALL echo_header {"name": "Authorization", "fail": true}'
+    mcp.add_tool(f"tool_{uuid.uuid4().hex[:8]}", f"Needs {TOKEN}.")
     with system.client(**data) as client, ThreadPoolExecutor(2) as posting:
         agent = Agent(client, toolgroups=[*SEARCH, group])
         turn = posting.submit(agent.turn, f"{searching} | HOLD gate | {echoes} | SAY done")

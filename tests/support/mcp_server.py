@@ -273,7 +273,8 @@ def _add_control(server: RecordingMCP) -> None:
 
     @server.custom_route("/control/tool/{name}", methods=["POST"])
     async def tool(request: Request) -> Response:
-        server.add_tool(lambda: "new", name=request.path_params["name"], description="A new one.")
+        about = request.query_params.get("about")
+        server.add_tool(lambda: "new", name=request.path_params["name"], description=about)
         return JSONResponse(None)
 
     @server.custom_route("/control/keep", methods=["POST"])
@@ -348,8 +349,8 @@ class McpServer(ServerProcess):
         """How many were opened since the start, or the last reset."""
         return int(self.control("GET", "sessions"))
 
-    def add_tool(self, name: str) -> None:
-        self.control("POST", f"tool/{name}")
+    def add_tool(self, name: str, about: str = "A new one.") -> None:
+        self.control("POST", f"tool/{name}?{urlencode({'about': about})}")
 
     def keep_sessions(self) -> None:
         """Clients cannot end them (405 for DELETE), as with many servers; until a reset."""
