@@ -6,7 +6,6 @@ Its folder is the current one. What matplotlib shows is saved there (`caravan_fi
 from __future__ import annotations
 
 import ast
-import contextlib
 import linecache
 import os
 import sys
@@ -23,11 +22,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.path += [PACKAGES, os.path.dirname(__file__), os.getcwd()]
     sys.argv = [NAME]
-    status = run(code)
-    for output in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # the code may have closed it
-            output.flush()
-    os._exit(status)  # threads that still run must not hold up the end
+    sys.exit(run(code))  # files that were not closed are written, and threads waited for, as for any program
 
 
 def run(code: str) -> int:

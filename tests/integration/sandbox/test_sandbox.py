@@ -79,6 +79,21 @@ def test_how_code_ends(jailer: Jailer, code: str, ended: str, said: str) -> None
     assert ran.stderr.endswith(said)
 
 
+def test_code_ends_as_a_program_does(jailer: Jailer) -> None:
+    """Files that it left open are written, its threads are waited for."""
+    code = """
+import threading, time
+file = open("open", "w")
+file.write("all of it")
+def late():
+    time.sleep(0.2)
+    print("late")
+threading.Thread(target=late).start()
+"""
+    ran = jailer.run(code)
+    assert (ran.ended, ran.stdout, ran.files) == ("exit 0", "late\n", {"open": b"all of it"})
+
+
 def test_folders_come_and_go(jailer: Jailer) -> None:
     """Files in folders are restored there, new ones are found, removed ones are gone."""
     code = "import os\nos.remove('old')\nopen('a/b/new', 'w').write(open('a/b/c').read() * 2)"
