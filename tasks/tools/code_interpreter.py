@@ -46,7 +46,7 @@ class CodeInterpreter:
             return _failed(f"The code interpreter cannot be used. {missing}")
         except Broken as broken:
             return _failed(f"error: {broken} What the code left is not kept.")
-        if ran.ended != "files_bytes":
+        if ran.ended not in ("files_bytes", "max_files"):  # with which nothing is kept
             self._changes = _changes(before, ran.files)
         made = [name for name, content in self._changes.items() if content is not None and _shown(name)]
         text = _text(ran, made, self._sandbox.limits)
@@ -91,7 +91,7 @@ def _status(ended: str, limits: Limits) -> str:
         return "completed"
     reasons = {
         "seconds": f"it was stopped after {limits.seconds:g} s (SANDBOX_TIMEOUT_SECONDS)",
-        "max_files": f"it was stopped, because it made more than {MAX_FILES} files",
+        "max_files": f"nothing of the folder is kept: it made more than {MAX_FILES} files and folders",
         "files_bytes": f"nothing of the folder is kept: its files have more than {limits.files_bytes} bytes "
         "(SANDBOX_FILES_MAX_BYTES)",
     }

@@ -1,7 +1,7 @@
 """Code in a bubblewrap sandbox: its own view of the files, no network, no other process, limits on all that it takes.
 
 Nothing here ever runs code outside. What it sees: this Python and its standard library, pandas, numpy, matplotlib and
-what these need, and the system's shared libraries, all read-only; four devices; its own `/session` and `/tmp`, which
+what these need, and the system's shared libraries, all read-only; three devices; its own `/session` and `/tmp`, which
 are memory of a limited size. What it does not: the machine's other files, `/proc`, the environment, the project.
 
 That all this holds is tried, not assumed, before anything else is run: `Sandbox.trial`.

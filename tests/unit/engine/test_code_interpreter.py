@@ -84,6 +84,23 @@ async def test_a_folder_of_many_small_files_can_be_restored() -> None:
     assert await code.said("len(__import__('os').listdir())") == "completed\n[stdout]\n900\n[/stdout]"
 
 
+@linux
+async def test_a_folder_of_too_many_files_is_not_kept() -> None:
+    """Whether the code was stopped there or had ended: the next call would have no room in it."""
+    code = Recorded(a=b"1")
+    for more in ("", "\nimport time\ntime.sleep(60)"):
+        said = await code.said(f"for n in range(1001):\n    open(f'f{{n}}', 'w').close(){more}")
+        assert said.startswith("error: nothing of the folder is kept: it made more than 1000 files")
+    assert await code.said("__import__('os').listdir()") == "completed\n[stdout]\n['a']\n[/stdout]"
+    full = Recorded(**{f"f{n}": b"" for n in range(998)})
+    assert (await full.said("len(__import__('os').listdir())")).startswith("completed")
+
+
+@linux
+async def test_code_that_is_no_text_is_run_as_far_as_it_is() -> None:
+    assert "[stdout]\n?\n[/stdout]" in await Recorded().said("print('\ud800')")
+
+
 CANCELLED_AFTER = (0, 0.003, 0.01, 0.03, 0.06, 0.09, 0.12, 0.2)
 
 
