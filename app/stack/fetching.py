@@ -35,7 +35,9 @@ from app.settings import Settings
 
 TOTAL_SECONDS = 30.0
 MAX_REDIRECTS = 5
-NAME_LENGTH = 100
+NAME_BYTES = 200
+"""A folder's files may have 255, and a number may come behind."""
+
 UNKNOWN_TYPE = "application/octet-stream"
 
 _GENERIC_TYPES = frozenset({"", UNKNOWN_TYPE, "binary/octet-stream", "application/x-unknown"})
@@ -374,7 +376,7 @@ def mime_type_by_name(name: str) -> str:
 
 def _file_name(name: str, mime_type: str) -> str:
     """A name for a file without folders, control characters or a leading dot; by its type where there is none."""
-    safe = _UNSAFE.sub("_", name.replace("\\", "/").rpartition("/")[2]).strip(". ")[-NAME_LENGTH:]
-    if safe:
-        return safe
+    safe = _UNSAFE.sub("_", name.replace("\\", "/").rpartition("/")[2]).encode()[-NAME_BYTES:]
+    if text := safe.decode(errors="ignore").strip(". "):
+        return text
     return f"document{_EXTENSIONS.get(mime_type) or mimetypes.guess_extension(mime_type) or ''}"

@@ -23,9 +23,9 @@ from pydantic import TypeAdapter
 
 from app.domain import events, history, shapes
 from app.domain.decide import AwaitInput, Finish, Infer, RecordResponses, RunShields, RunTools, decide
-from app.domain.errors import TurnFailure
 from app.domain.events import EventKind
 from app.domain.turns import TurnStatus
+from app.stack.fetching import Fetched
 from app.store import session_files
 from app.store.claims import Claim, LegEnd
 from app.store.session_files import Changes
@@ -53,7 +53,7 @@ class AgentTurn(Attempt):
         self._responses = {int(key): _responses.validate_python(value) for key, value in claim.tool_responses.items()}
         self._inputs: list[Message] = _inputs.validate_python(claim.request["messages"])
         self._knowledge = Knowledge(given.stack, given.store, claim.session_id)
-        load = partial(given.store.run, session_files.folder, claim.session_id)
+        load = partial(self._persistently, session_files.folder, claim.session_id)
         code = CodeInterpreter(given.sandbox, load, shapes.turn_path(claim.agent_id, claim.session_id, claim.turn_id))
         self._server_tools = ServerTools(
             given.stack, given.settings, claim.session_id, self._knowledge, self._mcp, code
@@ -100,24 +100,22 @@ class AgentTurn(Attempt):
         Gives what they add to the model's input, and the files.
         """
         fetched = await documents.fetched(given, self._given.settings)
+        if not (resolved.searches_documents or resolved.runs_code):
+            return "\n".join(await documents.as_texts(fetched, self._given.settings)), {}
         if resolved.searches_documents:
-            await self._knowledge.insert(given, fetched, await documents.as_texts(fetched, self._given.settings))
-        if resolved.runs_code:
-            files = documents.as_files(fetched)
-            await self._check_folder(files)
-            return documents.told(files), files
-        if resolved.searches_documents:
+            texts = await documents.as_texts(fetched, self._given.settings, or_files=resolved.runs_code)
+            await self._knowledge.insert(given, fetched, texts)
+        if not resolved.runs_code:
             return "", {}
-        return "\n".join(await documents.as_texts(fetched, self._given.settings)), {}
+        files = await self._as_files(fetched)
+        return documents.told(files), files
 
-    async def _check_folder(self, files: Mapping[str, bytes]) -> None:
+    async def _as_files(self, fetched: Sequence[Fetched]) -> Mapping[str, bytes]:
         """Raises TurnFailure: the session's folder would hold more than it may."""
-        sizes = await self._given.store.run(session_files.sizes, self._claim.session_id)
-        total = sum((sizes | {name: len(content) for name, content in files.items()}).values())
-        limit = self._given.settings.sandbox_files_max_bytes
-        if total > limit:
-            message = f"With these documents the session's files are over {limit} bytes (SANDBOX_FILES_MAX_BYTES)"
-            raise TurnFailure("invalid_request", message)
+        sizes = await self._persistently(session_files.sizes, self._claim.session_id)
+        files = documents.as_files(fetched, sizes)
+        documents.check_folder(sizes | {name: len(content) for name, content in files.items()}, self._given.settings)
+        return files
 
     async def _run_shields(self, action: RunShields) -> Outcome | None:
         """One step for all shields of one kind. Raises TurnFailure: one of them failed."""

@@ -249,7 +249,7 @@ class Attempt(ABC):
         self._writer.forget_staged()
         async with self._recording:
             segment = self._writer.unrecorded(staged=False)
-            handed = await self._persistently(claims.hand_over, segment, between_steps=between_steps)
+            handed = await self._persistently(claims.hand_over, self._claim, segment, between_steps=between_steps)
         return "handed over" if handed else "lost"
 
     async def _record(self, **what: Any) -> None:
@@ -272,15 +272,15 @@ class Attempt(ABC):
 
     async def _persist(self, segment: list[Event], **what: Any) -> Claim:
         """Raises AttemptLost."""
-        return await self._persistently(claims.record, segment, **what)
+        return await self._persistently(claims.record, self._claim, segment, **what)
 
-    async def _persistently(self, write: Callable[..., Any], segment: list[Event], **what: Any) -> Any:
-        """Tries until Postgres answers. Raises AttemptLost."""
+    async def _persistently(self, query: Callable[..., Any], *args: Any, **what: Any) -> Any:
+        """Tries until Postgres answers. Raises what the query does (AttemptLost)."""
         while True:
             try:
-                return await self._given.store.run(write, self._claim, segment, **what)
+                return await self._given.store.run(query, *args, **what)
             except Unavailable as error:
-                logger.warning("nothing can be recorded, trying again: %s", error)
+                logger.warning("nothing can be recorded or read, trying again: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
+from pathlib import PurePosixPath
 
 from llama_stack.apis.agents import Document
 
@@ -11,6 +12,7 @@ from app.domain.errors import TurnFailure
 from app.settings import Settings
 from app.stack.extraction import UnreadableError, text_of
 from app.stack.fetching import Fetched, FetchError, Rules, fetch
+from tasks.tools.sandbox import MAX_FILES
 
 MAX_DOCUMENTS = 100
 
@@ -30,20 +32,46 @@ async def _fetched(number: int, document: Document, rules: Rules) -> Fetched:
         raise TurnFailure("invalid_request", f"Document {number} cannot be had: {error}") from error
 
 
-async def as_texts(documents: Sequence[Fetched], settings: Settings) -> list[str]:
-    """The text of each. Raises TurnFailure: one of them has none that can be read."""
+async def as_texts(documents: Sequence[Fetched], settings: Settings, *, or_files: bool = False) -> list[str]:
+    """The text of each. Raises TurnFailure: one of them has none that can be read.
+
+    `or_files`: its text is empty then, because it is of use without.
+    """
+    return [await _text(document, settings, or_files) for document in documents]
+
+
+async def _text(document: Fetched, settings: Settings, or_file: bool) -> str:
     try:
-        return [await text_of(document, settings.document_text_max_bytes) for document in documents]
+        return await text_of(document, settings.document_text_max_bytes)
     except UnreadableError as error:
+        if or_file:
+            return ""
         raise TurnFailure("invalid_request", f"A document cannot be read: {error}") from error
 
 
-def as_files(documents: Sequence[Fetched]) -> dict[str, bytes]:
-    """Their contents by the names of files, no two the same."""
+def as_files(documents: Sequence[Fetched], folder: Iterable[str]) -> dict[str, bytes]:
+    """Their contents by the names of files, no two the same, and none that of a subfolder of the session's `folder`."""
+    subfolders = _subfolders(folder)
     files: dict[str, bytes] = {}
     for document in documents:
-        files[_free_name(document.name, files)] = document.data
+        files[_free_name(document.name, subfolders | files.keys())] = document.data
     return files
+
+
+def check_folder(sizes: Mapping[str, int], settings: Settings) -> None:
+    """`sizes`: in bytes, by name. Raises TurnFailure: a folder with these files is more than a call may have."""
+    limit = settings.sandbox_files_max_bytes
+    if sum(sizes.values()) > limit:
+        message = f"With these documents the session's files are over {limit} bytes (SANDBOX_FILES_MAX_BYTES)"
+        raise TurnFailure("invalid_request", message)
+    if len(sizes) + len(_subfolders(sizes)) >= MAX_FILES:
+        raise TurnFailure(
+            "invalid_request", f"With these documents the session has {MAX_FILES} files, which is too many"
+        )
+
+
+def _subfolders(folder: Iterable[str]) -> set[str]:
+    return {str(parent) for name in folder for parent in PurePosixPath(name).parents}
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:

@@ -77,7 +77,7 @@ class Response(Attempt):
         OpenAI's SDK refuses a response that completes with an item that is not done. Its SDK for Node.js takes the
         output of `response.in_progress` for its own, and Llama Stack's `Agent` forgets a call of a function by it.
         """
-        self._begun = await self._given.store.run(responses.items_begun, self._claim.turn_id)
+        self._begun = await self._persistently(responses.items_begun, self._claim.turn_id)
         begun, kept = self._begun, steps.kept(self._journal)
         self._next_index = begun.next_index
         lost = {index: steps.unfinished(item) for index, item in begun.items.items() if index not in kept}

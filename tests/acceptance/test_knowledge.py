@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -329,6 +330,21 @@ def test_a_document_that_cannot_be_searched_fails_its_turn(system: System, given
     assert httpx.get(session.url).status_code == 200
     assert re.search(why, message), message
     assert turn(session, "SAY on")["output_message"]["content"] == "on "
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap is Linux's alone")
+def test_what_cannot_be_searched_is_a_file_for_code_alone(system: System) -> None:
+    """Where the turn has both: what can be read is searched, and a file as well."""
+    session = system.session(0, toolgroups=[RAG, "builtin::code_interpreter"])
+    given = [
+        {"content": {"uri": "data:image/png;name=plot.png;base64,AAAA"}, "mime_type": "image/png"},
+        {"content": {"uri": "data:test/csv;name=a.csv,a"}, "mime_type": "test/csv"},
+        {"content": "camels drink from the text", "mime_type": "text/plain"},
+    ]
+    listing = f"CALL code_interpreter {json.dumps({'code': 'import os; sorted(os.listdir())'})}"
+    told = tool_said(turn(session, f"{listing} | {search()}", documents=given))
+    assert "['a.csv', 'document.txt', 'plot.png']" in told
+    assert "from the text" in told
 
 
 def test_a_search_that_fails_is_told_to_the_model(system: System) -> None:

@@ -19,7 +19,8 @@ from app.domain.events import START, TERMINAL, Event, EventId, EventKind
 from app.domain.turns import TurnStatus
 from app.events.follow import Relay
 from app.events.log import AppendOutcome, EventLog
-from app.store import Store, claims
+from app.stack import code_interpreter
+from app.store import Store, claims, session_files
 from app.store.claims import Claim
 from tasks.engine.agent_turn import AgentTurn
 from tasks.engine.attempt import Attempt, Tools
@@ -31,6 +32,7 @@ from tests.support import wait_until
 from tests.support.scripted_model import ScriptedModel
 
 ADD = 'CALL add {"a": 1, "b": 2}'
+CODE = 'CALL code_interpreter {"code": "1"} | SAY done'
 SECONDS = 10
 
 
@@ -170,6 +172,19 @@ async def test_recording_outlasts_an_outage_of_postgres(store: Store, log: Event
     assert await outcome(engine.attempt(turn_id)) == "completed"
     assert_contiguous(engine.events(turn_id))
     assert len(world.called("add")) == 1
+
+
+async def test_the_folder_of_code_outlasts_an_outage_of_postgres(store: Store, log: EventLog, world: World) -> None:
+    """Looking at it for the turn's documents, and reading it for a call, wait until Postgres answers."""
+    flaky = Flaky(store)
+    engine = ours(engine_tools(flaky, log, world), world, toolgroups=[code_interpreter.TOOLGROUP])
+    document = {"content": "a,b", "mime_type": "text/csv"}
+    turn_id = engine.accept(Ask(CODE, documents=(document,)))
+    for query in (session_files.sizes, session_files.folder):
+        flaky.fail_next(query)
+    assert await outcome(engine.attempt(turn_id)) == "completed"
+    [response] = engine.seeds.row(turn_id).steps[1]["tool_responses"]
+    assert "Postgres" not in response["content"]
 
 
 @pytest.mark.parametrize("script", ["HOLD stop | SAY x", "PART some words | HOLD stop | SAY x", "CALL wait | SAY x"])

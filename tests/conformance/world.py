@@ -14,6 +14,7 @@ from llama_stack.providers.inline.safety.llama_guard.config import LlamaGuardCon
 from llama_stack.providers.inline.safety.llama_guard.llama_guard import LlamaGuardSafetyImpl
 from llama_stack.providers.utils.tools.mcp import invoke_mcp_tool, list_mcp_tools
 
+from app.stack import code_interpreter
 from app.stack.inference import ModelServer, ModelServerConfig
 from app.stack.safety import LlamaGuard
 from tests.support.mcp_server import McpServer
@@ -30,6 +31,7 @@ GROUPS: dict[str, list[ToolDef]] = {
     ],
     "faulty": [ToolDef(name="fail"), ToolDef(name="mute")],
     "slow": [ToolDef(name="wait")],
+    code_interpreter.TOOLGROUP: [code_interpreter.TOOL],
     "builtin::websearch": [ToolDef(name="web_search", description="Searches.")],
 }
 

@@ -9,6 +9,7 @@ from llama_stack.apis.agents import Document
 
 from app.domain.errors import TurnFailure
 from app.settings import Settings
+from app.stack.fetching import Fetched
 from tasks.engine import documents
 
 SETTINGS = Settings(
@@ -54,3 +55,25 @@ async def test_a_document_that_cannot_be_had_fails_the_turn(document: dict[str, 
 async def test_a_turn_has_a_hundred_documents_at_most() -> None:
     with pytest.raises(TurnFailure, match="100 documents"):
         await texts(*[{"content": "x", "mime_type": "text/plain"}] * 101)
+
+
+async def test_what_cannot_be_read_may_be_a_file_alone() -> None:
+    """Where code can use it: it has no text to be searched."""
+    given = [Fetched(b"\x89PNG", "image/png", "plot.png"), Fetched(b"text", "text/plain", "a.txt")]
+    assert await documents.as_texts(given, SETTINGS, or_files=True) == ["", "text"]
+
+
+def test_a_file_has_the_name_of_no_other() -> None:
+    """Nor of a folder that code has made; that of a file of the session takes its place."""
+    given = [Fetched(b"1", "text/csv", name) for name in ("data", "a.csv", "a.csv", "old.csv")]
+    assert [*documents.as_files(given, ["data/deep/x.csv", "old.csv"])] == ["data-2", "a.csv", "a-2.csv", "old.csv"]
+
+
+def test_a_folder_has_room_for_its_documents() -> None:
+    """In bytes, and in files and folders: with more, no code would run in it."""
+    full = dict.fromkeys([f"folder/{number}" for number in range(997)], 1)
+    documents.check_folder(full, SETTINGS)
+    with pytest.raises(TurnFailure, match="1000 files"):
+        documents.check_folder(full | {"one more": 1}, SETTINGS)
+    with pytest.raises(TurnFailure, match="SANDBOX_FILES_MAX_BYTES"):
+        documents.check_folder({"a": SETTINGS.sandbox_files_max_bytes + 1}, SETTINGS)

@@ -314,6 +314,7 @@ def data_url(data: bytes, head: str) -> URL:
         (URL(uri="data:text/csv;charset=latin-1,a%E9"), "", Fetched(b"a\xe9", "text/csv", "document.csv", "latin-1")),
         (data_url(b"\0\1", "application/pdf"), None, Fetched(b"\0\1", "application/pdf", "document.pdf")),
         (data_url(b"a", "text/csv;name=../my data.csv"), None, Fetched(b"a", "text/csv", "my data.csv")),
+        (data_url(b"a", f"text/csv;name={'本' * 99}.csv"), None, Fetched(b"a", "text/csv", f"{'本' * 65}.csv")),
         (data_url(b"a", "application/octet-stream;name=a.yml"), None, Fetched(b"a", "application/yaml", "a.yml")),
         ("data:text/csv;base64,YQ==", "text/plain", Fetched(b"a", "text/plain", "document.txt")),
         ("data: below, and", None, Fetched(b"data: below, and", "text/plain", "document.txt", "utf-8")),
