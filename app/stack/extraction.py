@@ -48,24 +48,42 @@ async def text_of(document: Fetched, max_bytes: int) -> str:
     Raises UnreadableError: its type is not supported, it is broken or encrypted, it takes over 30 s, or its text is
     over `max_bytes`.
     """
-    children: list[subprocess.Popen[bytes]] = []
-    reading_it = asyncio.get_running_loop().run_in_executor(_THREADS, _text, document, max_bytes, children)
+    child = _Child()
+    reading_it = asyncio.get_running_loop().run_in_executor(_THREADS, _text, document, max_bytes, child)
     try:
         text = await reading_it
     finally:
-        for child in children:
-            child.kill()  # of a turn that was cancelled; one that has ended is not touched
+        child.kill()  # of a turn that was cancelled; one that has ended is not touched
     if len(text.encode(errors="replace")) > max_bytes:
         raise _too_long(document, max_bytes)
     return text.encode(errors="replace").decode().replace("\0", "")
 
 
-def _text(document: Fetched, max_bytes: int, children: list[subprocess.Popen[bytes]]) -> str:
+class _Child:
+    """The process that reads a document, if there is one."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unwanted = False
+
+    def begun(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        if self._unwanted:
+            process.kill()
+
+    def kill(self) -> None:
+        """From another thread; also one that is only just beginning."""
+        self._unwanted = True
+        if self._process:
+            self._process.kill()
+
+
+def _text(document: Fetched, max_bytes: int, child: _Child) -> str:
     kind, data = document.mime_type, document.data
     if data.startswith(_PDF) or kind == "application/pdf":  # whatever it was said to be
-        return _read("pdf", document, data, max_bytes, children)
+        return _read("pdf", document, data, max_bytes, child)
     if kind in _HTML:
-        return _read("html", document, _decoded(document).encode(errors="replace"), max_bytes, children)
+        return _read("html", document, _decoded(document).encode(errors="replace"), max_bytes, child)
     if kind.startswith("text/") or kind in _TEXTS or kind.endswith(("+json", "+xml", "+yaml")):
         return _decoded(document)
     if kind == UNKNOWN_TYPE and b"\0" not in data and (text := _as_utf8(data)) is not None:
@@ -97,21 +115,21 @@ def _as_utf8(data: bytes) -> str | None:
         return None
 
 
-def _read(kind: str, document: Fetched, data: bytes, max_bytes: int, children: list[subprocess.Popen[bytes]]) -> str:
+def _read(kind: str, document: Fetched, data: bytes, max_bytes: int, child: _Child) -> str:
     command = [sys.executable, "-I", str(Path(reading.__file__)), kind, str(max_bytes)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:  # noqa: S603
-        children.append(child)
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:  # noqa: S603
+        child.begun(process)
         try:
-            text, problem = child.communicate(data, SECONDS)
+            text, problem = process.communicate(data, SECONDS)
         except subprocess.TimeoutExpired as error:
-            child.kill()
+            process.kill()
             raise UnreadableError(f"{document.name} was not read within {SECONDS:g} s") from error
-    if child.returncode == reading.TOO_LONG:
+    if process.returncode == reading.TOO_LONG:
         raise _too_long(document, max_bytes)
-    if child.returncode == reading.UNREADABLE:
+    if process.returncode == reading.UNREADABLE:
         raise UnreadableError(f"{document.name} {problem.decode(errors='replace').strip()}")
-    if child.returncode:
+    if process.returncode:
         raise UnreadableError(f"{document.name} cannot be read: its {kind.upper()} takes too much memory or time")
     return text.decode(errors="replace")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import subprocess
+import threading
 import zlib
+from typing import Any
 
 import psutil
 import pytest
 from pypdf import PdfWriter
 
-from app.stack import extraction
+from app.stack import extraction, reading
 from app.stack.extraction import UnreadableError, text_of
 from app.stack.fetching import Fetched
 from tests.support import wait_until
@@ -137,14 +141,47 @@ async def test_a_document_that_takes_for_ever_is_given_up(monkeypatch: pytest.Mo
         await text(PAGE.encode(), "text/html")
 
 
+def readers() -> list[psutil.Process]:
+    """The processes that read a document for this one."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if reading.__file__ in child.cmdline():
+                found.append(child)
+    return found
+
+
+ENDLESS = Fetched(b"<a x='" * 200_000, "text/html", "a.html")
+
+
 async def test_a_document_of_a_turn_that_is_cancelled_is_not_read_on() -> None:
     """It has 25 s of CPU; meanwhile it would hold others up, and the end of its worker."""
-    children = psutil.Process().children
-    reading = asyncio.create_task(text_of(Fetched(b"<a x='" * 200_000, "text/html", "a.html"), 2_000_000))
-    await asyncio.to_thread(wait_until, children)
-    reading.cancel()
-    await asyncio.wait([reading])
-    await asyncio.to_thread(wait_until, lambda: not children())
+    reading_it = asyncio.create_task(text_of(ENDLESS, 2_000_000))
+    await asyncio.to_thread(wait_until, readers)
+    reading_it.cancel()
+    await asyncio.wait([reading_it])
+    await asyncio.to_thread(wait_until, lambda: not readers())
+
+
+async def test_a_document_that_is_cancelled_as_its_reading_begins_is_not_read_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process is there, and whoever began it does not know it yet."""
+    begun, known = threading.Event(), threading.Event()
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            begun.set()
+            known.wait(10)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    reading_it = asyncio.create_task(text_of(ENDLESS, 2_000_000))
+    await asyncio.to_thread(begun.wait, 10)
+    reading_it.cancel()
+    await asyncio.wait([reading_it])
+    known.set()
+    await asyncio.to_thread(wait_until, lambda: not readers())
 
 
 async def test_a_pdf_that_fills_the_memory_is_an_error() -> None:
