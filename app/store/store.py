@@ -67,6 +67,7 @@ class Store:
             pool_timeout=transaction_seconds,
             pool_use_lifo=True,
             use_native_hstore=False,
+            hide_parameters=True,  # what users said is not for logs, nor for the tool's response that an error may be
             connect_args={
                 "connect_timeout": CONNECT_TIMEOUT_SECONDS,
                 "application_name": f"caravan-{name}",
