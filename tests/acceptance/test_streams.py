@@ -207,7 +207,7 @@ def test_readers_that_do_not_read_cost_little_and_hold_nobody_up(system: System,
         peaks.append(deaf_round(system, model, web, system.log().count(CUT_OFF) + DEAF, rejoin=n == ROUNDS))
     shown = [f"{peak / MEGABYTE:.0f}" for peak in peaks]
     assert max(peaks) - before < DEAF * 10 * MEGABYTE, shown
-    assert peaks[-1] - peaks[1] < 35 * MEGABYTE, shown
+    assert peaks[-1] - peaks[1] < 60 * MEGABYTE, shown  # a buffer of each, left behind, would be 20 a round
 
 
 DEAF, ROUNDS = 20, 8

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -379,8 +380,8 @@ def test_a_task_that_is_revoked_before_it_starts_cancels_its_turn(
     waiting = [patient.turn("SAY never") for _ in range(2)]
     wait_until(lambda: patient.redis.llen(QUEUE) == 2)
     tasks = [json.loads(message)["headers"]["id"] for message in patient.redis.lrange(QUEUE, 0, -1)]
-    patient.celery.control.revoke(tasks[0], reply=True, timeout=5)
-    patient.celery.control.revoke(tasks[1], terminate=True, reply=True, timeout=5)
+    for task, terminate in zip(tasks, (False, True), strict=True):
+        wait_until(partial(patient.celery.control.revoke, task, terminate=terminate, reply=True, timeout=5), 30)
     assert {turn.status for turn in waiting} == {"queued"}
     model.release(gate)
     assert [turn.error()["code"] for turn in waiting] == ["cancelled", "cancelled"]
