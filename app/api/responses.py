@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -86,6 +87,9 @@ async def create_response(
     """
     asked = _submission(service, owner, body, brought, idempotency_key, x_stainless_retry_count > 0)
     accepted = await _accept(service, asked)
+    read = partial(service.store.run, responses.read_response, owner, accepted.turn_id)
+    # Queued, as it was accepted: a worker that has heard of it may be quicker than the answer.
+    row = await read() if body.background and not body.stream else None
     if accepted.is_new:
         await service.ring(accepted.turn_id, request.headers.get("traceparent"))
     headers = {"Location": f"/v1/responses/{shape.response_id(accepted.turn_id)}", "X-Turn-Id": accepted.turn_id}
@@ -94,7 +98,7 @@ async def create_response(
     if not body.background:
         async for _ in service.relay.follow(accepted.turn_id, START, through_legs=True):
             pass
-    row = await service.store.run(responses.read_response, owner, accepted.turn_id)
+    row = row or await read()
     if row.status == TurnStatus.FAILED and not body.background:
         return _failure(row, headers)
     return JSONResponse(response_shape(row), headers=headers)
