@@ -269,7 +269,7 @@ def test_documents_of_a_turn_are_searched_by_it_and_by_later_ones(system: System
     db = database(system)
     insert(system, db, document("camels drink from the database", "in-db")).raise_for_status()
     session = system.session(0, toolgroups=[{"name": RAG, "args": {"vector_store_ids": [db]}}])
-    Documents.served["/page"] = ("text/html", b"<h1>camels</h1><script>bad</script><p>drink from the page")
+    Documents.served["/page"] = ("text/html", b"<h1>camels</h1><script>poison</script><p>drink from the page")
     Documents.served["/a.pdf"] = ("application/octet-stream", pdf("camels drink from the PDF"))
     given = [
         {"content": "camels drink from the text", "mime_type": "text/plain"},
@@ -285,7 +285,7 @@ def test_documents_of_a_turn_are_searched_by_it_and_by_later_ones(system: System
     assert all(f"from the {where}" in told for where in ("database", "text", "page", "PDF")), told
     assert "who,does" in told
     assert "'filename': 'a.pdf'" in told
-    assert "bad" not in told
+    assert "poison" not in told
     history = json.loads(done["output_message"]["content"])
     assert history[1]["content"] == search()
     Documents.served["/page"] = ("text/html", b"<p>camels drink from the new page")
