@@ -18,6 +18,7 @@ from app.api.compat import models, tools, vectors
 from app.api.compat.paths import CurrentPaths
 from app.api.service import Service, StoreRecords
 from app.api.shutdown import GracefulStop, Requests
+from app.api.tool_requests import ToolRequests
 from app.dispatch import Doorbell
 from app.domain.errors import Unavailable
 from app.endings import Endings
@@ -58,8 +59,10 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as opened:
-            app.state.service = await _open(settings, store, opened)
-            await opened.enter_async_context(stack_lifespan(stack))
+            app.state.service = service = await _open(settings, store, opened)
+            tools = ToolRequests(settings, store, service.doorbell)
+            opened.push_async_callback(tools.close)
+            await opened.enter_async_context(stack_lifespan(stack, tools.run))
             settle_memory()
             with stop.on_signals():
                 yield

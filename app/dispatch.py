@@ -1,4 +1,4 @@
-"""Rings the doorbell: sends `run_turn` by its name, with a turn's id and nothing else. `app` never imports `tasks`."""
+"""Rings the doorbell: sends a task by its name, with an id and nothing else. `app` never imports `tasks`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kombu.exceptions import ChannelError, OperationalError
 from redis.exceptions import RedisError
 
 RUN_TURN = "tasks.turns.run_turn"
+RUN_TOOL_REQUEST = "tasks.turns.run_tool_request"
 QUEUE = "caravan.turns"
 
 TIMEOUT_SECONDS = 1
@@ -48,15 +49,24 @@ class Doorbell:
 
     def ring(self, turn_id: str, traceparent: str | None = None) -> bool:
         """Tells the workers that a turn waits. False: the broker is down; upkeep rings again."""
+        return self._send(RUN_TURN, "turn", turn_id, traceparent)
+
+    def ring_for_tool(self, request_id: str) -> bool:
+        """The same, for a request to the tool runtime."""
+        return self._send(RUN_TOOL_REQUEST, "tool request", request_id)
+
+    def _send(self, task: str, noun: str, identifier: str, traceparent: str | None = None) -> bool:
         headers = {"traceparent": traceparent} if traceparent else None
         with self._lock:
             if time.monotonic() < self._silent_until:
                 return False
             try:
                 with self._silence_after_failure():
-                    self._celery.send_task(RUN_TURN, args=[turn_id], queue=QUEUE, headers=headers, retry=False)
+                    self._celery.send_task(task, args=[identifier], queue=QUEUE, headers=headers, retry=False)
             except _FAILURES as error:
-                logger.warning("turn %s: the broker is down (CELERY_BROKER_URL), upkeep rings: %s", turn_id, error)
+                logger.warning(
+                    "%s %s: the broker is down (CELERY_BROKER_URL), upkeep rings: %s", noun, identifier, error
+                )
                 return False
         return True
 

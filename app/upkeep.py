@@ -18,7 +18,7 @@ from typing import Concatenate, Protocol
 from app.domain.errors import TurnFailure, Unavailable
 from app.endings import CANCELLED, Endings
 from app.settings import Settings
-from app.store import Connection, admission, agents, workers
+from app.store import Connection, admission, agents, tool_requests, workers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class Runner(Protocol):
 
     def run_unrung(self, turn_id: str) -> None:
         """Claims and runs a turn that no message came for."""
+
+    def run_tool_unrung(self, request_id: str) -> None:
+        """The same, for a request to the tool runtime."""
 
 
 class Upkeep(threading.Thread):
@@ -78,6 +81,7 @@ class Upkeep(threading.Thread):
         self._store.transact(agents.purge_deleted, DELETED_GRACE_SECONDS, PURGE_BATCH)
         self._ask(workers.forget_dead_workers)
         self._ask(admission.forget_keys, PURGE_BATCH)
+        self._ask(tool_requests.forget_abandoned, self._settings.max_queue_wait_seconds)
         self._ring()
 
     def _ask[**P, R](self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -92,14 +96,23 @@ class Upkeep(threading.Thread):
         return result
 
     def _ring(self) -> None:
-        """Rings for claimable turns again. While nobody can, workers with room take them without a message."""
+        """Rings again for what waits for a worker. While nobody can, workers with room take it without a message."""
         doorbell, waiting = self._endings.doorbell, self._endings.doorbell.waiting()
         if waiting is not None:
             for turn_id in self._ask(workers.to_ring, backing_off=waiting > 0):
                 doorbell.ring(turn_id)
-        elif self._runner and (room := self._runner.room()):
+            for request_id in self._ask(tool_requests.to_ring, backing_off=waiting > 0):
+                doorbell.ring_for_tool(request_id)
+        elif self._runner:
+            self._run_unrung(self._runner)
+
+    def _run_unrung(self, runner: Runner) -> None:
+        if room := runner.room():
             for turn_id in self._ask(workers.to_ring, backing_off=False, at_most=room):
-                self._runner.run_unrung(turn_id)
+                runner.run_unrung(turn_id)
+        if room := runner.room():
+            for request_id in self._ask(tool_requests.to_ring, backing_off=False, at_most=room):
+                runner.run_tool_unrung(request_id)
 
     def _end_overdue(self) -> None:
         """As many turns that waited too long as there is time for in a round."""

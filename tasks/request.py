@@ -46,10 +46,18 @@ class TurnRequest(Request):
             super().send_event(type, **fields)
 
 
+class ToolRequest(TurnRequest):
+    """Celery's request of `run_tool_request`. Its client waits, so it cannot be revoked: it ends by itself, in time."""
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        logger.warning("tool request %s goes on: only turns are cancelled by revoking their tasks", self.args[0])
+
+
 @signals.task_revoked.connect
 def _revoked_before_it_started(request: Any, **_: object) -> None:
     """The worker drops the message. Upkeep would ring again for the turn, so it is cancelled."""
-    _thread.submit(_cancel, request.args[0])
+    if not isinstance(request, ToolRequest):
+        _thread.submit(_cancel, request.args[0])
 
 
 def _cancel(turn_id: str) -> None:

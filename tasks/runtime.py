@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any
@@ -28,9 +28,11 @@ from app.events.log import EventLog, SyncLog
 from app.settings import Settings
 from app.store import Store, claims, workers
 from app.store.claims import Claim
+from app.store.tool_requests import Answer, ToolRequest
 from app.store.workers import Renewal
 from app.telemetry import settle_memory, turn_context
 from app.upkeep import Upkeep
+from tasks import tool_requests
 from tasks.engine import attempt_of
 from tasks.engine.attempt import Attempt, Tools
 from tasks.isolation import OwnProcesses
@@ -68,12 +70,13 @@ class Runtime:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="turns", daemon=True)
         self._running: dict[str, Attempt] = {}
+        self._tool_requests: dict[str, asyncio.Task[Answer]] = {}
         self._claiming: Counter[str] = Counter()  # a turn may be asked for twice at once
         self._calls: set[Future[str]] = set()
         self._owned_unknown: set[str] = set()
         self._stopping = False
         self._draining: asyncio.Task[None] | None = None
-        self._to_ring: list[str] | None = None
+        self._to_ring: list[Callable[[], object]] | None = None
         self._hurry = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -114,7 +117,14 @@ class Runtime:
 
     def run(self, turn_id: str) -> str:
         """Runs a turn if it can be claimed, and waits for it; gives how that went, for the task's log line."""
-        call = asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop)
+        return self._wait_for(self._run(turn_id))
+
+    def run_tool_request(self, request_id: str) -> str:
+        """The same, for a request to the tool runtime."""
+        return self._wait_for(self._run_tool_request(request_id))
+
+    def _wait_for(self, run: Coroutine[Any, Any, str]) -> str:
+        call = asyncio.run_coroutine_threadsafe(run, self._loop)
         self._calls.add(call)
         try:
             return call.result()
@@ -131,6 +141,11 @@ class Runtime:
         """Claims and runs a turn that no message came for, and does not wait for it."""
         logger.info("turn %s is taken without a message: the broker is down (CELERY_BROKER_URL)", turn_id)
         asyncio.run_coroutine_threadsafe(self._run(turn_id), self._loop)
+
+    def run_tool_unrung(self, request_id: str) -> None:
+        """The same, for a request to the tool runtime."""
+        logger.info("tool request %s is taken without a message: the broker is down (CELERY_BROKER_URL)", request_id)
+        asyncio.run_coroutine_threadsafe(self._run_tool_request(request_id), self._loop)
 
     def drain(self, *, at_once: bool = False, ring_at_stop: bool = False) -> None:
         """Takes no more turns, and hands over each running one at the end of its step, at the latest after
@@ -166,8 +181,8 @@ class Runtime:
     async def _stop(self) -> None:
         assert self._draining is not None
         await self._draining
-        for turn_id in self._to_ring or ():
-            await asyncio.to_thread(self._doorbell.ring, turn_id)
+        for ring in self._to_ring or ():
+            await asyncio.to_thread(ring)
         for task in self._background:
             task.cancel()
         await self._stack.close()
@@ -192,8 +207,7 @@ class Runtime:
         if await self._is_idle(HAND_OVER_SECONDS):
             return
         logger.warning("%d turns cannot be handed over: others take them when the lease is over", len(self._running))
-        for attempt in self._running.values():
-            attempt.drop()
+        self._drop_all()
         if self._own_processes is not None:
             self._own_processes.stop(signal.SIGKILL)
         await self._is_idle(HAND_OVER_SECONDS)
@@ -201,6 +215,8 @@ class Runtime:
     def _hand_over(self, to_own_processes: signal.Signals, *, now: bool = False) -> None:
         for attempt in self._running.values():
             attempt.hand_over(now=now)
+        for running in self._tool_requests.values() if now else ():
+            running.cancel()
         if self._own_processes is not None:
             self._own_processes.stop(to_own_processes)
 
@@ -215,14 +231,47 @@ class Runtime:
     async def _run(self, turn_id: str) -> str:
         if self._stopping:
             return await self._leave_to_others(turn_id)
-        self._claiming[turn_id] += 1
+        with self._counted(turn_id):
+            return await self._claim_and_run(turn_id)
+
+    @contextlib.contextmanager
+    def _counted(self, identifier: str) -> Iterator[None]:
+        self._claiming[identifier] += 1
         self._idle.clear()
         try:
-            return await self._claim_and_run(turn_id)
+            yield
         finally:
-            self._claiming -= Counter([turn_id])  # drops what is at 0
+            self._claiming -= Counter([identifier])  # drops what is at 0
             if not self._claiming:
                 self._idle.set()
+
+    async def _run_tool_request(self, request_id: str) -> str:
+        if self._stopping:
+            await self._ring(partial(self._doorbell.ring_for_tool, request_id))
+            return "not claimable: this worker stops"
+        if request_id in self._claiming:
+            return "not claimable"
+        with self._counted(request_id):
+            request = await tool_requests.claim(self._store, request_id, self._lease.worker_id)
+            if request is None:
+                return "not claimable"
+            await self._keep_registry_current(request.registry_version)
+            return await self._answer_tool_request(request)
+
+    async def _answer_tool_request(self, request: ToolRequest) -> str:
+        """A request that this worker cannot finish stays with it: its client is told when the lease is over."""
+        running = asyncio.create_task(tool_requests.answer(self._settings, self._stack, request))
+        self._tool_requests[request.request_id] = running
+        try:
+            answer = await running
+        except asyncio.CancelledError:
+            logger.warning("tool request %s, %s: left behind", request.request_id, request.method)
+            return "left behind"
+        finally:
+            del self._tool_requests[request.request_id]
+        logger.info("tool request %s, %s: %d", request.request_id, request.method, answer.status)
+        await tool_requests.finish(self._store, request, answer)
+        return str(answer.status)
 
     async def _claim_and_run(self, turn_id: str) -> str:
         with turn_context(turn_id):
@@ -252,7 +301,7 @@ class Runtime:
                 await self._disown(turn_id, broken=True)
             to_ring = turn_id if outcome == "handed over" else attempt.following
             if to_ring is not None:
-                await self._ring(to_ring)
+                await self._ring(partial(self._doorbell.ring, to_ring))
             return outcome
 
     async def _claim(self, turn_id: str) -> Claim | None:
@@ -274,14 +323,14 @@ class Runtime:
 
     async def _leave_to_others(self, turn_id: str) -> str:
         """This worker got the message, so others did not."""
-        await self._ring(turn_id)
+        await self._ring(partial(self._doorbell.ring, turn_id))
         return "not claimable: this worker stops"
 
-    async def _ring(self, turn_id: str) -> None:
+    async def _ring(self, ring: Callable[[], object]) -> None:
         if self._to_ring is not None:
-            self._to_ring.append(turn_id)
+            self._to_ring.append(ring)
         else:
-            await asyncio.to_thread(self._doorbell.ring, turn_id)
+            await asyncio.to_thread(ring)
 
     async def _keep_registry_current(self, version: int) -> None:
         """Models, toolgroups and the like that the web process registered since are usable by this very turn."""
@@ -343,6 +392,8 @@ class Runtime:
     def _drop_all(self) -> None:
         for attempt in self._running.values():
             attempt.drop()
+        for running in self._tool_requests.values():
+            running.cancel()
 
 
 _current: Runtime | None = None

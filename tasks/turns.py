@@ -1,4 +1,4 @@
-"""The task `run_turn`, and what a prefork child does when it comes and goes."""
+"""The tasks `run_turn` and `run_tool_request`, and what a prefork child does when it comes and goes."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ import sys
 
 from celery import signals
 
-from app.dispatch import RUN_TURN
+from app.dispatch import RUN_TOOL_REQUEST, RUN_TURN
 from app.domain.errors import Unavailable
 from app.settings import SettingsError, get_settings
 from app.store import migrate
@@ -26,6 +26,15 @@ def run(turn_id: str) -> str:
 
     with shutdown.turn_in_child():
         return runtime.current().run(turn_id)
+
+
+@celery.task(name=RUN_TOOL_REQUEST, ignore_result=True, Request="tasks.request:ToolRequest")
+def run_tool(request_id: str) -> str:
+    """Runs a request to the tool runtime, for which its client waits. Doorbells as with turns."""
+    from tasks import runtime
+
+    with shutdown.turn_in_child():
+        return runtime.current().run_tool_request(request_id)
 
 
 @signals.worker_init.connect

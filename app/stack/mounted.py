@@ -40,6 +40,7 @@ from app.stack import access, completions, library, postgres, registry
 from app.stack.config import stack_run_config
 from app.stack.fetching import Rules
 from app.stack.files import with_status
+from app.stack.tool_requests import METHODS, NoAnswer, RunOnWorker, on_worker
 from app.stack.vector_dbs import ROUTES as VECTOR_DB_ROUTES
 from app.stack.vector_dbs import VectorDBs, with_known_provider
 
@@ -146,8 +147,11 @@ def create_stack_app(
 
 
 @asynccontextmanager
-async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
-    """Runs the stack behind `app` on the running loop. Raises SettingsError, or what a provider raises on its start."""
+async def stack_lifespan(app: StackApp, run_on_worker: RunOnWorker | None = None) -> AsyncIterator[None]:
+    """Runs the stack behind `app` on the running loop. Raises SettingsError, or what a provider raises on its start.
+
+    `run_on_worker` calls the tool runtime's methods; without it, they are called here.
+    """
     config = await asyncio.to_thread(stack_run_config, app.settings)
     # Never llama_stack's: it formats every request body for a debug message, whether or not that is logged.
     server.log_request_pre_validation = _log_nothing
@@ -164,6 +168,8 @@ async def stack_lifespan(app: StackApp) -> AsyncIterator[None]:
             implementation = getattr(app.impls[api], name)
             if api == Api.files:
                 implementation = with_status(implementation)
+            if api == Api.tool_runtime and name in METHODS and run_on_worker is not None:
+                implementation = on_worker(implementation, name, run_on_worker)
             if name == "openai_create_vector_store":
                 implementation = with_known_provider(implementation, app.impls[Api.vector_stores])
             _add_route(app, method, path, implementation)
@@ -246,7 +252,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     named = [str(value) for value in request.path_params.values()]
     if type(cause) is ValueError and "not found" in str(cause) and any(name in str(cause) for name in named):
         status, detail = 404, str(cause)
-    return JSONResponse(_body(request.url.path, status, detail), status, error.headers)
+    headers = cause.headers if isinstance(cause, NoAnswer) else error.headers
+    return JSONResponse(_body(request.url.path, status, detail), status, headers)
 
 
 def _body(path: str, status: int, detail: Any) -> dict[str, Any]:

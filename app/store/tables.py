@@ -272,6 +272,25 @@ session_files = Table(
     Column("content", LargeBinary, comment="Empty: the turn removed it"),
 )
 
+tool_requests = Table(
+    "tool_requests",
+    metadata,
+    Column("request_id", _Id, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("method", Text, nullable=False, comment="Of llama-stack's tool runtime: invoke_tool, rag_tool.insert, …"),
+    Column("arguments", LargeBinary, comment="The method's, as JSON; empty once it has ended"),
+    Column("sealed", LargeBinary, comment="Provider data (app.identity.sealing), until it has ended"),
+    Column("worker_id", _Id, comment="Who runs it; empty: it waits for a worker"),
+    Column("status", Integer, comment="HTTP status of the answer, once it has ended"),
+    Column("answer", LargeBinary, comment="What the method gave, or why it failed, as JSON"),
+    Column("created_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("ended_at", _Time),
+    Column("rung_at", _Time, nullable=False, server_default=func.clock_timestamp()),
+    Column("rings", Integer, nullable=False, server_default=text("1")),
+)
+Index("ix_tool_requests_created", tool_requests.c.created_at)
+Index("ix_tool_requests_waiting", tool_requests.c.rung_at, postgresql_where=tool_requests.c.worker_id.is_(None))
+
 registry_version = Table(
     "registry_version",
     metadata,

@@ -6,7 +6,21 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Table,
+    and_,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    update,
+)
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
@@ -184,21 +198,22 @@ def to_ring(connection: Connection, *, backing_off: bool, at_most: int = BATCH) 
     """Claimable turns whose last doorbell is old enough: 4 s, and if `backing_off`, twice as long each time, at most a
     minute. Back off only while messages wait in the queue: if none does, all that were sent are lost, or were in vain.
     """
-    now = func.clock_timestamp()
-    factor = func.power(2, func.least(turns.c.rings - 1, 8)) if backing_off else 1
-    wait = func.least(RING_FIRST_SECONDS * factor, RING_MOST_SECONDS)
     due = (
         select(turns.c.turn_id)
-        .where(
-            *CLAIMABLE,
-            or_(turns.c.rung_at.is_(None), turns.c.rung_at < now - func.make_interval(0, 0, 0, 0, 0, 0, wait)),
-        )
+        .where(*CLAIMABLE, due_to_ring(turns, backing_off=backing_off))
         .order_by(turns.c.queued_at)
         .limit(min(at_most, BATCH))
         .with_for_update(skip_locked=True)
     )
-    ring = update(turns).where(turns.c.turn_id.in_(due)).values(rung_at=now, rings=turns.c.rings + 1)
+    ring = update(turns).where(turns.c.turn_id.in_(due)).values(rung_at=_NOW, rings=turns.c.rings + 1)
     return list(connection.scalars(ring.returning(turns.c.turn_id)))
+
+
+def due_to_ring(table: Table, *, backing_off: bool) -> ColumnElement[bool]:
+    """Of a table with `rung_at` and `rings`: whether the last doorbell is old enough (`to_ring`)."""
+    factor = func.power(2, func.least(table.c.rings - 1, 8)) if backing_off else 1
+    wait = func.least(RING_FIRST_SECONDS * factor, RING_MOST_SECONDS)
+    return or_(table.c.rung_at.is_(None), table.c.rung_at < _NOW - seconds(wait))
 
 
 def end_overdue(
@@ -259,9 +274,13 @@ def _overdue(status: str, is_late: bool, live: int, max_queue_wait_seconds: floa
         return TurnFailure("input_wait_exceeded", "No tool responses came in time (INPUT_WAIT_SECONDS).")
     if is_late:
         return overdue_failure()
-    why = f"{live} worker processes run, and none had room" if live else "no worker is running"
+    why = why_nobody_took_it(live)
     message = f"No worker took the turn within {max_queue_wait_seconds:g} s (MAX_QUEUE_WAIT_SECONDS): {why}."
     return TurnFailure("queue_wait_exceeded", message)
+
+
+def why_nobody_took_it(live: int) -> str:
+    return f"{live} worker processes run, and none had room" if live else "no worker is running"
 
 
 def forget_dead_workers(connection: Connection) -> int:
