@@ -15,16 +15,17 @@ is replaced here:
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
 from llama_stack.apis.common.errors import ResourceNotFoundError
 from llama_stack.core.access_control.datatypes import AccessRule, Action, Scope
-from llama_stack.core.datatypes import User
+from llama_stack.core.datatypes import AuthenticationRequiredError, User
 from llama_stack.core.request_headers import (
     PROVIDER_DATA_VAR,
     NeedsRequestProviderData,
@@ -47,6 +48,9 @@ from pydantic import ValidationError
 from app.identity import LOCAL_PRINCIPAL
 
 log = logging.getLogger(__name__)
+
+LIST_SECONDS = 10
+"""For a toolgroup's list of tools, when one is called by its name alone."""
 
 _OWNERS = "principals"
 # llama_stack has no condition for "nobody owns it"; this one holds for that, and for one's own.
@@ -143,12 +147,30 @@ async def _tool(self: Any, tool_name: str) -> Any:
 
 
 async def _group_with(table: Any, tool_name: str) -> str | None:
-    """The toolgroup, of those that the principal sees, that offers this tool; its own before nobody's."""
-    groups = await table.get_all_with_type("tool_group")
-    for group in sorted(groups, key=lambda group: group.owner is None):
-        if any(tool.name == tool_name for tool in table.toolgroups_to_tools.get(group.identifier, ())):
-            return str(group.identifier)
-    return None
+    """The toolgroup, of those that the principal sees, that offers this tool; its own before nobody's.
+
+    llama_stack knows only the tools that this very process was asked to list. Raises AuthenticationRequiredError: an
+    MCP server that may have it lets nobody see its tools without headers of the request.
+    """
+    groups = sorted(await table.get_all_with_type("tool_group"), key=lambda group: group.owner is None)
+    names = [group.identifier for group in groups]
+    if found := _offering(table, names, tool_name):
+        return found
+    listed = await asyncio.gather(*(_list(table, name) for name in names), return_exceptions=True)
+    found = _offering(table, names, tool_name)
+    if found is None and (refused := [error for error in listed if isinstance(error, AuthenticationRequiredError)]):
+        raise refused[0]
+    return found
+
+
+async def _list(table: Any, group: str) -> None:
+    async with asyncio.timeout(LIST_SECONDS):
+        await table.list_tools(group)
+
+
+def _offering(table: Any, groups: Sequence[str], tool_name: str) -> str | None:
+    lists = ((group, table.toolgroups_to_tools.get(group, ())) for group in groups)
+    return next((group for group, tools in lists if any(tool.name == tool_name for tool in tools)), None)
 
 
 async def _unregister_toolgroup(self: Any, toolgroup_id: str) -> None:
