@@ -22,6 +22,7 @@ from tests.support.mcp_server import McpServer
 from tests.support.nodes import web_process
 
 HEADERS = "X-LlamaStack-Provider-Data"
+MANY = 16
 
 
 @pytest.fixture
@@ -183,12 +184,12 @@ def test_without_a_worker_the_client_is_told_so(
 
 
 def test_many_wait_at_once(system: System, mcp: McpServer, tool: str) -> None:
-    """More than the web process has connections."""
-    with ThreadPoolExecutor(40) as threads:
-        urls = [system.urls[number % 2] for number in range(40)]
+    """More than a web process has connections, and its workers room."""
+    with ThreadPoolExecutor(MANY) as threads:
+        urls = [system.urls[number % 2] for number in range(MANY)]
         answers = list(threads.map(lambda url: invoke(url, tool, key="many").result(PATIENCE_SECONDS), urls))
     assert {answer.status_code for answer in answers} == {200}
-    assert mcp.counts() == {"many": 40}
+    assert mcp.counts() == {"many": MANY}
 
 
 def test_what_a_dead_web_process_asked_for_is_forgotten(
