@@ -99,7 +99,9 @@ class Settings(BaseSettings):
 
     # Turns
     max_queue_wait_seconds: float = Field(
-        default=300, gt=0, description="Seconds that a turn may wait for a worker, from when it last became claimable."
+        default=300,
+        gt=0,
+        description="Seconds that a turn may wait for a worker, from when it last became claimable; a tool request too.",
     )
     turn_timeout_seconds: float = Field(
         default=3600, gt=0, description="Seconds that one leg of a turn (create, or a resume) may take from its claim."
