@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     max_queue_wait_seconds: float = Field(
         default=300,
         gt=0,
-        description="Seconds that a turn may wait for a worker, from when it last became claimable; a tool request too.",
+        description="Seconds that a turn (since it became claimable) or a tool request may wait for a worker.",
     )
     turn_timeout_seconds: float = Field(
         default=3600, gt=0, description="Seconds that one leg of a turn (create, or a resume) may take from its claim."
