@@ -135,8 +135,11 @@ async def _provider_of(self: Any, routing_key: str, provider_id: str | None = No
 
 
 async def _provider_of_tool(self: Any, routing_key: str, provider_id: str | None = None) -> Any:
-    group = parse_toolgroup_from_toolgroup_name_pair(routing_key) or await _group_with(self, routing_key)
-    return await _provider_of(self, group or routing_key, provider_id)
+    """`routing_key`: a toolgroup, one of its tools (`group/tool`), or the name of a tool."""
+    group = parse_toolgroup_from_toolgroup_name_pair(routing_key) or routing_key
+    if await self.get_object_by_identifier("tool_group", group) is None:
+        group = await _group_with(self, routing_key) or group
+    return await _provider_of(self, group, provider_id)
 
 
 async def _tool(self: Any, tool_name: str) -> Any:

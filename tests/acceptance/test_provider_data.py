@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from llama_stack_client import BadRequestError, LlamaStackClient
+from llama_stack_client import AuthenticationError, LlamaStackClient
 from openai import OpenAI
 from redis import Redis
 from sqlalchemy import create_engine, text
@@ -230,18 +230,25 @@ def test_a_response_searches_the_web(system: System, search: SearchServer, model
     assert "What two says about camels" in model.requests()[-1]["body"]["messages"][-1]["content"]
 
 
-def test_a_tool_is_called_by_hand_in_the_web_process(system: System, search: SearchServer, mcp: McpServer) -> None:
-    """As in llama_stack, with what the request brings; there the key is missing."""
+def test_a_tool_is_called_by_hand(system: System, search: SearchServer, mcp: McpServer) -> None:
+    """Outside any turn, with what the request brings, or else the worker has; a tool is known by its name alone."""
     group = registered(system, mcp)
     with system.client(tavily_search_api_key="tvly-of-the-user", **headers(mcp)) as client:
         found = client.tool_runtime.invoke_tool(tool_name="web_search", kwargs={"query": "camels"})
         assert "What two says about camels" in str(found.content)
-        assert {"add", "echo_header"} <= {tool.name for tool in client.tools.list(toolgroup_id=group)}
         summed = client.tool_runtime.invoke_tool(tool_name="add", kwargs={"a": 1, "b": 2})
         assert "3" in str(summed.content)
-    with system.client() as client, pytest.raises(BadRequestError, match="set TAVILY_SEARCH_API_KEY"):
+        assert {"add", "echo_header"} <= {tool.name for tool in client.tools.list(toolgroup_id=group)}
+    with system.client() as client:
         client.tool_runtime.invoke_tool(tool_name="web_search", kwargs={"query": "camels"})
+        assert [one["key"] for one in search.searches()] == ["tvly-of-the-user", OPERATORS_KEY]
+        with pytest.raises(AuthenticationError):
+            client.tool_runtime.invoke_tool(tool_name="no_such_tool", kwargs={})
     assert httpx.get(f"{system.url}/v1/tools", params={"toolgroup_id": group}).status_code == 401
+    call = {"tool_name": "web_search", "kwargs": {"query": "camels"}}
+    given = {HEADER: json.dumps({"tavily_search_api_key": "tvly-of-the-user"})}
+    refused = httpx.post(f"{system.without_sealing}/v1/tool-runtime/invoke", json=call, headers=given)
+    assert (refused.status_code, "SEALING_KEYS" in refused.text) == (400, True)
 
 
 # --- MCP servers ---
