@@ -398,6 +398,17 @@ def made_by(app: StackApp, principal: str | None) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(called), base_url="http://web")
 
 
+async def test_an_mcp_server_without_its_url_is_not_registered(settings: Settings) -> None:
+    async with web(settings) as (http, _):
+        asked = {"toolgroup_id": "mcp::nowhere", "provider_id": "model-context-protocol"}
+        answer = await http.post("/v1/toolgroups", json=asked)
+        assert (answer.status_code, "mcp_endpoint" in answer.text) == (400, True)
+        assert "mcp::nowhere" not in (await http.get("/v1/toolgroups")).text
+        answer = await http.post("/v1/toolgroups", json=asked | {"mcp_endpoint": {"uri": "http://127.0.0.1:1/mcp"}})
+        assert answer.status_code == 200
+        assert "mcp::nowhere" in (await http.get("/v1/toolgroups")).text
+
+
 async def test_what_nobody_owns_is_everyones_to_use_and_the_local_ones_to_change(settings: Settings) -> None:
     app = create_stack_app(settings)
     text = {"content": "abba", "metadata": {"document_id": "d"}, "chunk_metadata": {"chunk_id": "c"}}
