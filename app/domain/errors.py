@@ -61,14 +61,22 @@ class Unavailable(CaravanError):
 class CompletionError(CaravanError):
     """A model refused a completion or failed at it. `status` is what HTTP clients get: the model server's, or ours.
 
-    `param` and `code` are OpenAI's, where the model server gave them.
+    `param` and `code` are OpenAI's, `retry_after` the seconds to wait, where the model server gave them.
     """
 
-    def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
 
 class OutcomeUnknown(Unavailable):

@@ -35,15 +35,20 @@ class ModelError(Exception):
 
     `status_code` is the server's, or 502 (unreachable, broke off, or no error of HTTP's), or 504 (silent for too long).
     llama_stack's HTTP routes answer with it. `retryable`: whether the same request may succeed later. `details`: the
-    server's own error object, if it sent one.
+    server's own error object, if it sent one. `retry_after`: seconds that it asks to wait, if it says how many.
     """
 
     def __init__(
-        self, message: str, status_code: int = BAD_GATEWAY, details: Mapping[str, Any] = MappingProxyType({})
+        self,
+        message: str,
+        status_code: int = BAD_GATEWAY,
+        details: Mapping[str, Any] = MappingProxyType({}),
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message.encode(errors="backslashreplace").decode())
         self.status_code = status_code if 400 <= status_code < 600 else BAD_GATEWAY
         self.details = details
+        self.retry_after = retry_after
 
     @property
     def retryable(self) -> bool:
@@ -199,16 +204,16 @@ def parse_event(data: bytes) -> dict[str, Any]:
     return event
 
 
-def server_error(body: Any, status_code: int = BAD_GATEWAY) -> ModelError:
+def server_error(body: Any, status_code: int = BAD_GATEWAY, retry_after: int | None = None) -> ModelError:
     """The error that a server's error body tells of: `{"error": {"message": …, "code": …}}` and its known variants.
 
     A `code` that is an HTTP status (vLLM, llama.cpp) takes the place of `status_code` where that is only a default.
     """
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
-        return ModelError(str(error or "The model server reported an error."), status_code)
+        return ModelError(str(error or "The model server reported an error."), status_code, retry_after=retry_after)
     code = error.get("code")
     if status_code == BAD_GATEWAY and isinstance(code, int) and 400 <= code <= 599:
         status_code = code
     message = error.get("message") or error.get("detail") or "The model server reported an error."
-    return ModelError(message if isinstance(message, str) else str(message), status_code, error)
+    return ModelError(message if isinstance(message, str) else str(message), status_code, error, retry_after)

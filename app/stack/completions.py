@@ -183,5 +183,5 @@ def _model_error(error: ModelError) -> CompletionError:
     if error.status_code in (401, 403):
         # Not the client's key was refused, but ours.
         return CompletionError(f"The model server refused this server's INFERENCE_API_KEY: {error}", 502)
-    told = [value if isinstance(value := error.details.get(name), str) else None for name in ("param", "code")]
-    return CompletionError(str(error), error.status_code, *told)
+    param, code = (value if isinstance(value := error.details.get(name), str) else None for name in ("param", "code"))
+    return CompletionError(str(error), error.status_code, param, code, error.retry_after)

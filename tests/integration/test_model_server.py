@@ -71,6 +71,27 @@ async def test_every_error_has_a_message_and_a_status(
     assert raised.value.status_code == status
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("86400", 86400),
+        ("0", 0),
+        ("86401", None),
+        ("-1", None),
+        ("1.5", None),
+        ("9" * 5000, None),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
+    ],
+)
+async def test_of_a_wish_to_wait_only_a_number_of_seconds_is_taken(
+    adapter: ModelServer, server: OddServer, header: str, seconds: int | None
+) -> None:
+    server.head = f"429 Busy\r\nretry-after: {header}"
+    with pytest.raises(ModelError) as raised:
+        await relayed(adapter, streams=False)
+    assert raised.value.retry_after == seconds
+
+
 async def test_an_answer_that_is_nested_too_deeply_is_an_error(adapter: ModelServer, server: OddServer) -> None:
     """The server's, whole or amid a stream."""
     for server.head, server.body in ((JSON, DEEP), (EVENTS, f"data: {DEEP}\n\n")):
