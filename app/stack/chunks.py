@@ -25,6 +25,8 @@ from llama_stack.apis.inference import (
 )
 from pydantic import ConfigDict, Field, ValidationError
 
+from app.domain.errors import told
+
 BAD_GATEWAY = 502
 UNFINISHED = "The model server closed the stream before the completion was finished."
 
@@ -45,7 +47,7 @@ class ModelError(Exception):
         details: Mapping[str, Any] = MappingProxyType({}),
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message.encode(errors="backslashreplace").decode())
+        super().__init__(told(message).encode(errors="backslashreplace").decode())
         self.status_code = status_code if 400 <= status_code < 600 else BAD_GATEWAY
         self.details = details
         self.retry_after = retry_after
