@@ -8,6 +8,8 @@ straight into llama_stack's own type: 6 µs of CPU a chunk against 70 µs. With 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +30,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from app.domain.errors import told
 
 BAD_GATEWAY = 502
+_VECTOR = re.compile(rb"\[[-+.0-9eE,\s]{200,}+\]")
 UNFINISHED = "The model server closed the stream before the completion was finished."
 
 
@@ -204,6 +207,24 @@ def parse_event(data: bytes) -> dict[str, Any]:
     if event.get("error") is not None or event.get("object") == "error":
         raise server_error(event)
     return event
+
+
+def renamed(data: bytes, model: str) -> bytes:
+    """A whole answer, with `model` as its client knows it. Raises ModelError, as `parse_event` does.
+
+    Vectors stay the bytes that they are: the loop stands still for over a second while 30 MB of numbers are read and
+    written, also for another thread.
+    """
+    vectors: list[bytes] = []
+    mark = secrets.randbits(63)
+
+    def cut(vector: re.Match[bytes]) -> bytes:
+        vectors.append(vector[0])
+        return b"[%d,%d]" % (mark, len(vectors) - 1)
+
+    answer = parse_event(_VECTOR.sub(cut, data))
+    written = json.dumps({**answer, "model": model} if "model" in answer else answer).encode()
+    return re.sub(rb"\[%d, ?(\d+)\]" % mark, lambda place: vectors[int(place[1])], written)
 
 
 def server_error(body: Any, status_code: int = BAD_GATEWAY, retry_after: int | None = None) -> ModelError:

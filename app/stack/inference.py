@@ -42,6 +42,7 @@ from app.stack.chunks import (
     parse_event,
     read_chunks,
     read_events,
+    renamed,
     server_error,
 )
 
@@ -164,9 +165,10 @@ class ModelServer:
             raise ModelError(message, error.status_code, error.details, error.retry_after) from error
 
     async def relay(
-        self, path: str, body: dict[str, Any], *, streams: bool
-    ) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
-        """The server's own answer to a client's own request, or its chunks; neither is looked into.
+        self, path: str, body: dict[str, Any], *, name: str, streams: bool
+    ) -> bytes | AsyncIterator[dict[str, Any]]:
+        """The server's own answer to a client's own request, with `name` as its model, or its chunks; neither is looked
+        into.
 
         Closing the iterator, or cancelling the task that waits for it, closes the connection to the server at once.
         """
@@ -175,7 +177,7 @@ class ModelServer:
             if streams:
                 return _stream(response, _objects(blocks := response.content.iter_any()), blocks)
             try:
-                return parse_event(await response.read())
+                return renamed(await response.read(), name)
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise _broken(error) from error
             finally:

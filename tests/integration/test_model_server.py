@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -46,8 +47,8 @@ async def adapter(server: OddServer) -> AsyncIterator[ModelServer]:
 
 
 async def relayed(adapter: ModelServer, *, streams: bool) -> list[Any]:
-    answer = await adapter.relay("/chat/completions", {"stream": streams}, streams=streams)
-    return [answer] if isinstance(answer, dict) else [chunk async for chunk in answer]
+    answer = await adapter.relay("/chat/completions", {"stream": streams}, name="m", streams=streams)
+    return [json.loads(answer)] if isinstance(answer, bytes) else [chunk async for chunk in answer]
 
 
 @pytest.mark.parametrize("streams", [False, True])
