@@ -177,7 +177,10 @@ def test_mcp_tools(sdk: Sdk, model: ScriptedModel) -> None:
         output = final.response.output
         assert [item.type for item in output] == ["mcp_list_tools", "mcp_call", "mcp_call", "message"]
         assert output[1].output == "3"
-        assert "no" in output[2].error
+        assert "no" in output[2].error.content[0]["text"]
+        assert sdk.responses.retrieve(final.response.id).to_dict(warnings="error") == final.response.to_dict()
+        llama = {"x-llamastack-client-version": "0.3.5"}  # which reads a text
+        assert "no" in sdk.responses.retrieve(final.response.id, extra_headers=llama).output[2].error
         assert final.response.output_text == "add,fail"
         after = sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=final.response.id)
         told = json.loads(after.output_text)
@@ -331,7 +334,7 @@ def test_tokens_or_iterations_run_out(sdk: Sdk, model: ScriptedModel) -> None:
         limited: Any = sdk.responses.create(model=MODEL, input=script, tools=[tool], max_tool_calls=1)
         assert limited.status == "completed"
         assert len(mcp.calls()) == 2
-        assert "max_tool_calls" in limited.output[2].error
+        assert "max_tool_calls" in limited.output[2].error.content[0]["text"]
 
 
 @both_pools
