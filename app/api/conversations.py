@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from app.api.agents import end_all
+from app.api.compat.response_events import CurrentResponseDialect
 from app.api.compat.version import is_llama_stack
 from app.api.errors import answers
 from app.api.service import JSON, CurrentService, Owner
@@ -114,12 +115,17 @@ async def delete_conversation(session_id: SessionId, service: CurrentService, ow
 
 @router.post("/conversations/{conversation_id}/items", **answers(ItemList))
 async def create_items(
-    session_id: SessionId, body: CreateItems, include: Include, service: CurrentService, owner: Owner
+    session_id: SessionId,
+    body: CreateItems,
+    include: Include,
+    service: CurrentService,
+    owner: Owner,
+    dialect: CurrentResponseDialect,
 ) -> JSONResponse:
     """Add up to 20 items at the end of a conversation. A response that runs there does not see them."""
     added = items.with_ids(items.checked(body.items))
     await service.store.run(conversations.add_items, owner, session_id, added)
-    return _page(added, False)
+    return _page(dialect.told(added), False)
 
 
 @router.get("/conversations/{conversation_id}/items", **answers(ItemList))
@@ -128,6 +134,7 @@ async def list_items(
     include: Include,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentResponseDialect,
     after: Annotated[str | None, Query(description="The id of an item: those behind it, in this order")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
@@ -136,15 +143,20 @@ async def list_items(
     found, has_more = await service.store.run(
         conversations.list_items, owner, session_id, after or None, limit, descending=order == "desc"
     )
-    return _page(found, has_more)
+    return _page(dialect.told(found), has_more)
 
 
 @router.get("/conversations/{conversation_id}/items/{item_id}", **answers(AnyItem))
 async def get_item(
-    session_id: SessionId, item_id: str, include: Include, service: CurrentService, owner: Owner
+    session_id: SessionId,
+    item_id: str,
+    include: Include,
+    service: CurrentService,
+    owner: Owner,
+    dialect: CurrentResponseDialect,
 ) -> JSONResponse:
     """An item of a conversation."""
-    return JSONResponse(await service.store.run(conversations.get_item, owner, session_id, item_id))
+    return JSONResponse(dialect.told(await service.store.run(conversations.get_item, owner, session_id, item_id)))
 
 
 @router.delete("/conversations/{conversation_id}/items/{item_id}", **answers(Conversation))

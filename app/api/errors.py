@@ -121,6 +121,8 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, Unavailable | TooManyTurns):
         headers["Retry-After"] = "2"
+    if isinstance(error, CompletionError) and error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Conflict):
         headers["x-should-retry"] = "false"
     if status >= 500:

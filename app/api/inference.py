@@ -109,7 +109,7 @@ async def _answer(endpoint: Endpoint, body: Any, request: Request, service: Serv
         if not there:
             return Response(status_code=CLIENT_LEFT)
         if not streams:
-            return Response(json.dumps(await answer), media_type="application/json")
+            return Response(await answer, media_type="application/json")
         if answer.done():
             answer.result()
         handed_over = True
@@ -141,7 +141,7 @@ class CompletionStream(EventStream):
     Llama Stack's clients get no `[DONE]`, since those up to 0.3 take it for JSON.
     """
 
-    def __init__(self, answer: asyncio.Task[JSON | Begun], request: Request, service: Service) -> None:
+    def __init__(self, answer: asyncio.Task[bytes | Begun], request: Request, service: Service) -> None:
         self._answer = answer
         super().__init__(
             _events(answer, b"" if is_llama_stack(request.headers) else DONE),
@@ -164,7 +164,7 @@ class CompletionStream(EventStream):
             await begun.close()
 
 
-async def _events(answer: asyncio.Task[JSON | Begun], end: bytes) -> AsyncIterator[bytes]:
+async def _events(answer: asyncio.Task[bytes | Begun], end: bytes) -> AsyncIterator[bytes]:
     try:
         begun = await answer
         assert isinstance(begun, Begun)

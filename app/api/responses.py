@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,8 +19,7 @@ from llama_stack.apis.agents.openai_responses import (
 from pydantic import BaseModel
 
 from app.api.agents import end_all
-from app.api.compat.response_events import with_llama_stack_names
-from app.api.compat.version import is_llama_stack, is_ogx
+from app.api.compat.response_events import CurrentResponseDialect, ResponseDialect
 from app.api.conversations import ItemList
 from app.api.documentation import event_stream, header_docs, refusals
 from app.api.errors import answers, failure_status
@@ -77,6 +76,7 @@ async def create_response(
     service: CurrentService,
     owner: Owner,
     brought: ProviderData,
+    dialect: CurrentResponseDialect,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> Response:
@@ -94,14 +94,14 @@ async def create_response(
         await service.ring(accepted.turn_id, request.headers.get("traceparent"))
     headers = {"Location": f"/v1/responses/{shape.response_id(accepted.turn_id)}", "X-Turn-Id": accepted.turn_id}
     if body.stream:
-        return _stream(service, owner, accepted.turn_id, headers, _names(request))
+        return _stream(service, owner, accepted.turn_id, headers, dialect)
     if not body.background:
         async for _ in service.relay.follow(accepted.turn_id, START, through_legs=True):
             pass
     row = row or await read()
     if row.status == TurnStatus.FAILED and not body.background:
         return _failure(row, headers)
-    return JSONResponse(response_shape(row), headers=headers)
+    return JSONResponse(dialect.told(response_shape(row)), headers=headers)
 
 
 def _submission(
@@ -173,6 +173,7 @@ async def _accept(service: Service, asked: ResponseSubmission) -> Accepted:
 async def list_responses(
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentResponseDialect,
     after: str | None = None,
     limit: PageSize = 50,
     model: str | None = None,
@@ -185,15 +186,16 @@ async def list_responses(
             connection, owner, behind, limit, model=model, descending=order == "desc"
         )
     )
-    return _page([{**response_shape(row), "input": row.request["input"]} for row in rows], has_more)
+    listed = [{**response_shape(row), "input": row.request["input"]} for row in rows]
+    return _page(dialect.told(listed), has_more)
 
 
 @router.get("/responses/{response_id}", response_model=None, responses=_STREAM)
 async def get_response(
     response_id: str,
-    request: Request,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentResponseDialect,
     stream: Annotated[bool, Query(description="Its events, replayed and then live")] = False,
     starting_after: Annotated[
         int | None, Query(ge=0, le=10**15, description="The sequence_number of the last event that the client has")
@@ -209,10 +211,10 @@ async def get_response(
         raise InvalidRequest("include_obfuscation: true is not supported", "include_obfuscation")
     row = await service.store.run(responses.get_response, owner, turn_of(response_id))
     if not stream:
-        return JSONResponse(response_shape(row))
+        return JSONResponse(dialect.told(response_shape(row)))
     if starting_after is not None and row.status in ENDED and starting_after >= row.last.n:
         raise InvalidRequest(f"starting_after: the last event has the number {row.last.n - 1}", "starting_after")
-    return _stream(service, owner, row.turn_id, {"X-Turn-Id": row.turn_id}, _names(request), starting_after)
+    return _stream(service, owner, row.turn_id, {"X-Turn-Id": row.turn_id}, dialect, starting_after)
 
 
 @router.get("/responses/{response_id}/input_items", **answers(ItemList))
@@ -220,6 +222,7 @@ async def list_input_items(
     response_id: str,
     service: CurrentService,
     owner: Owner,
+    dialect: CurrentResponseDialect,
     after: str | None = None,
     before: str | None = None,
     limit: PageSize = 20,
@@ -236,15 +239,17 @@ async def list_input_items(
             raise InvalidRequest(f"{name}: there is no such item", name)
     first = ids.index(after) + 1 if after is not None else 0
     last = ids.index(before) if before is not None else len(ids)
-    return _page(listed[first:last][:limit], last - first > limit)
+    return _page(dialect.told(listed[first:last][:limit]), last - first > limit)
 
 
 @router.post("/responses/{response_id}/cancel", **answers(OpenAIResponseObject))
-async def cancel_response(response_id: str, service: CurrentService, owner: Owner) -> JSON:
+async def cancel_response(
+    response_id: str, service: CurrentService, owner: Owner, dialect: CurrentResponseDialect
+) -> Any:
     """Cancel a response that is queued or running. Asking again does no harm; it may have ended before."""
     row = await service.store.run(responses.get_response, owner, turn_of(response_id))
     await cancelled(service, row)
-    return response_shape(await service.store.run(responses.get_response, owner, row.turn_id))
+    return dialect.told(response_shape(await service.store.run(responses.get_response, owner, row.turn_id)))
 
 
 @router.delete("/responses/{response_id}", **answers(OpenAIDeleteResponseObject))
@@ -297,34 +302,26 @@ def _stream(
     owner: str,
     turn_id: str,
     headers: dict[str, str],
-    names: Names | None,
+    dialect: ResponseDialect,
     starting_after: int | None = None,
 ) -> TurnStream:
     return TurnStream(
-        _events(service, owner, turn_id, 0 if starting_after is None else starting_after + 1, names),
+        _events(service, owner, turn_id, 0 if starting_after is None else starting_after + 1, dialect),
         ping_seconds=service.settings.ping_seconds,
         send_timeout_seconds=service.settings.stream_send_timeout_seconds,
         headers=headers,
     )
 
 
-Names = Callable[[Event], Event]
-
-
-def _names(request: Request) -> Names | None:
-    """What gives events the names that the client knows; None: OpenAI's, as they are logged."""
-    return with_llama_stack_names if is_llama_stack(request.headers) or is_ogx(request.headers) else None
-
-
 async def _events(
-    service: Service, owner: str, turn_id: str, after: int, names: Names | None
+    service: Service, owner: str, turn_id: str, after: int, dialect: ResponseDialect
 ) -> AsyncIterator[list[ResponseEvent]]:
     """The events with numbers over `after`."""
     cursor = await service.store.run(responses.segment_end_before, turn_id, after) if after else START
     async for batch in service.relay.follow(turn_id, cursor, through_legs=True):
-        wanted = [names(each) if names else each for each in batch if each.id.n > after]
+        wanted = [each for each in batch if each.id.n > after]
         if wanted:
-            yield [ResponseEvent(await _told(service, owner, turn_id, each)) for each in wanted]
+            yield [ResponseEvent(dialect.event(await _told(service, owner, turn_id, each))) for each in wanted]
 
 
 async def _told(service: Service, owner: str, turn_id: str, logged: Event) -> Event:

@@ -23,6 +23,15 @@ FailureCode = Literal[
 ]
 
 
+TOLD_CHARACTERS = 2000
+CUT_OFF = "… (cut off)"
+
+
+def told(message: str) -> str:
+    """As much of what others said as anybody reads: a server's error may be a whole page of HTML."""
+    return message if len(message) <= TOLD_CHARACTERS else message[:TOLD_CHARACTERS] + CUT_OFF
+
+
 class CaravanError(Exception):
     """Root of all errors of this project."""
 
@@ -61,14 +70,22 @@ class Unavailable(CaravanError):
 class CompletionError(CaravanError):
     """A model refused a completion or failed at it. `status` is what HTTP clients get: the model server's, or ours.
 
-    `param` and `code` are OpenAI's, where the model server gave them.
+    `param` and `code` are OpenAI's, `retry_after` the seconds to wait, where the model server gave them.
     """
 
-    def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(told(message))
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
 
 class OutcomeUnknown(Unavailable):
@@ -90,9 +107,9 @@ class TurnFailure(CaravanError):
     """
 
     def __init__(self, code: FailureCode, message: str, status: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(told(message))
         self.code = code
-        self.message = message
+        self.message = told(message)
         self.status = status
 
     def as_dict(self) -> dict[str, Any]:

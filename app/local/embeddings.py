@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -21,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.local import minilm
 from app.local.model import compute_threads
-from app.local.server import HOST, LocalError, Server, answers_http, free_port, port_in_use
+from app.local.server import HOST, LocalError, ModelServer, port_in_use
 
 PORT = 8322
 """Where EMBEDDING_URL looks by default."""
@@ -36,26 +34,11 @@ JSON = dict[str, Any]
 Text = Annotated[str, StringConstraints(max_length=1_000_000)]
 
 
-class Embeddings(Server):
-    """The embeddings server as a child; `url` ends in `/v1`."""
+class Embeddings(ModelServer):
+    """The embeddings server as a child."""
 
     name = "embeddings"
-    grace_seconds = 2.0  # it holds nothing that needs an orderly end
-
-    def __init__(self, directory: Path, port: int | None = None) -> None:
-        super().__init__()
-        self.port = port or free_port()
-        self.log = directory / "embeddings.log"
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.port}/v1"
-
-    def command(self) -> Sequence[str | Path]:
-        return [sys.executable, "-m", "app.local.embeddings", "--port", str(self.port)]
-
-    def is_ready(self) -> bool:
-        return answers_http(f"http://{HOST}:{self.port}/health")
+    module = "app.local.embeddings"
 
 
 class EmbeddingsRequest(BaseModel):

@@ -11,10 +11,9 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from app.local.server import HOST, LocalError, Server, answers_http, free_port
+from app.local.server import HOST, LocalError, ModelServer
 
 MODEL_ID = "smollm2-135m-instruct"
 CONTEXT_TOKENS = 8192
@@ -22,26 +21,11 @@ PARALLEL = 2
 MAX_THREADS = 4
 
 
-class Model(Server):
-    """The model server as a child; `url` ends in `/v1`."""
+class Model(ModelServer):
+    """The model server as a child."""
 
     name = "model"
-    grace_seconds = 2.0  # it holds nothing that needs an orderly end
-
-    def __init__(self, directory: Path, port: int | None = None) -> None:
-        super().__init__()
-        self.port = port or free_port()
-        self.log = directory / "model.log"
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.port}/v1"
-
-    def command(self) -> Sequence[str | Path]:
-        return [sys.executable, "-m", "app.local.model", "--port", str(self.port)]
-
-    def is_ready(self) -> bool:
-        return answers_http(f"http://{HOST}:{self.port}/health")
+    module = "app.local.model"
 
 
 def weights() -> Path:

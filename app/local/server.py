@@ -212,6 +212,28 @@ class Server(ABC):
         self.stop()
 
 
+class ModelServer(Server):
+    """One of ours that serves as OpenAI does: `python -m MODULE --port N`; `url` ends in `/v1`."""
+
+    module: str
+    grace_seconds = 2.0  # it holds nothing that needs an orderly end
+
+    def __init__(self, directory: Path, port: int | None = None) -> None:
+        super().__init__()
+        self.port = port or free_port()
+        self.log = directory / f"{self.name}.log"
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/v1"
+
+    def command(self) -> Sequence[str | Path]:
+        return [sys.executable, "-m", self.module, "--port", str(self.port)]
+
+    def is_ready(self) -> bool:
+        return answers_http(f"http://{HOST}:{self.port}/health")
+
+
 def ending(status: int) -> str:
     """An exit status in words."""
     return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"

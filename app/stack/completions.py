@@ -7,6 +7,7 @@ its types would drop is refused. Both go by llama_stack's registry and policy: w
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -80,8 +81,8 @@ class Begun:
 
 async def ask(
     impls: Impls, endpoint: Endpoint, body: JSON, *, principal: str, headers: Mapping[str, str]
-) -> JSON | Begun:
-    """The whole answer, or with `stream` in the body what has begun. Cancelling it hangs up on the model.
+) -> bytes | Begun:
+    """The whole answer's JSON, or with `stream` in the body what has begun. Cancelling it hangs up on the model.
 
     `headers` may bring a provider's key (llama_stack's X-LlamaStack-Provider-Data). Raises CompletionError, and
     InvalidRequest for what the model's provider would not be told.
@@ -91,8 +92,8 @@ async def ask(
             answer = await _asked(impls.get(Api.inference), endpoint, body)
         except Exception as error:
             raise completion_error(error, body) from error
-        if not endpoint.streams(body):
-            return _named(answer, body["model"])
+        if isinstance(answer, bytes):
+            return answer
         rest = _chunks(answer, body)
         return Begun(await anext(rest, None), rest)
 
@@ -103,9 +104,10 @@ async def _asked(inference: Any, endpoint: Endpoint, body: JSON) -> Any:
     provider, served_as = await inference._get_model_provider(body["model"], endpoint.model_type)
     streams = endpoint.streams(body)
     if isinstance(provider, ModelServer):
-        return await provider.relay(endpoint.path, {**body, "model": served_as}, streams=streams)
+        asked = {**body, "model": served_as}
+        return await provider.relay(endpoint.path, asked, name=body["model"], streams=streams)
     answer = await getattr(inference, endpoint.method)(_typed(endpoint.request, body))
-    return _in_context(answer) if streams else _plain(answer)
+    return _in_context(answer) if streams else json.dumps(_named(_plain(answer), body["model"])).encode()
 
 
 async def _in_context(stream: Any) -> AsyncGenerator[JSON]:
@@ -183,5 +185,5 @@ def _model_error(error: ModelError) -> CompletionError:
     if error.status_code in (401, 403):
         # Not the client's key was refused, but ours.
         return CompletionError(f"The model server refused this server's INFERENCE_API_KEY: {error}", 502)
-    told = [value if isinstance(value := error.details.get(name), str) else None for name in ("param", "code")]
-    return CompletionError(str(error), error.status_code, *told)
+    param, code = (value if isinstance(value := error.details.get(name), str) else None for name in ("param", "code"))
+    return CompletionError(str(error), error.status_code, param, code, error.retry_after)

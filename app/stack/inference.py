@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -41,6 +42,7 @@ from app.stack.chunks import (
     parse_event,
     read_chunks,
     read_events,
+    renamed,
     server_error,
 )
 
@@ -57,8 +59,10 @@ CONNECT_SECONDS = 10.0
 KEEPALIVE_SECONDS = 30.0
 # The server usually closes its answer together with `[DONE]`; waiting a moment for that keeps the connection alive.
 DRAIN_SECONDS = 0.2
+MAX_RETRY_AFTER = 86_400
 
 _LIMITS_OF_ZERO = ("max_tokens", "max_completion_tokens")
+_SECONDS = re.compile("[0-9]{1,5}")
 
 
 class ModelServerConfig(BaseModel):
@@ -157,12 +161,14 @@ class ModelServer:
                 raise
             if error.status_code in (401, 403):  # not the client's key was refused, but ours
                 raise ModelError(f"{prefix}_URL refused {prefix}_API_KEY: {error}") from error
-            raise ModelError(f"{prefix}_URL ({self._config.url}): {error}", error.status_code, error.details) from error
+            message = f"{prefix}_URL ({self._config.url}): {error}"
+            raise ModelError(message, error.status_code, error.details, error.retry_after) from error
 
     async def relay(
-        self, path: str, body: dict[str, Any], *, streams: bool
-    ) -> dict[str, Any] | AsyncIterator[dict[str, Any]]:
-        """The server's own answer to a client's own request, or its chunks; neither is looked into.
+        self, path: str, body: dict[str, Any], *, name: str, streams: bool
+    ) -> bytes | AsyncIterator[dict[str, Any]]:
+        """The server's own answer to a client's own request, with `name` as its model, or its chunks; neither is looked
+        into.
 
         Closing the iterator, or cancelling the task that waits for it, closes the connection to the server at once.
         """
@@ -171,7 +177,7 @@ class ModelServer:
             if streams:
                 return _stream(response, _objects(blocks := response.content.iter_any()), blocks)
             try:
-                return parse_event(await response.read())
+                return renamed(await response.read(), name)
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise _broken(error) from error
             finally:
@@ -297,7 +303,14 @@ async def _refused(response: aiohttp.ClientResponse) -> ModelError:
         body: Any = json.loads(text)
     except (ValueError, RecursionError):
         body = text
-    return server_error(body or f"HTTP {response.status} {response.reason}", response.status)
+    told = body or f"HTTP {response.status} {response.reason}"
+    return server_error(told, response.status, _retry_after(response.headers))
+
+
+def _retry_after(headers: Mapping[str, str]) -> int | None:
+    """None: it names no seconds, or a date, or more than a day."""
+    seconds = headers.get("Retry-After", "")
+    return int(seconds) if _SECONDS.fullmatch(seconds) and int(seconds) <= MAX_RETRY_AFTER else None
 
 
 async def get_adapter_impl(config: ModelServerConfig, _deps: dict[Api, Any]) -> ModelServer:

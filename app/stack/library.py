@@ -25,6 +25,7 @@ import llama_stack.providers.utils.inference.openai_mixin as openai_mixin
 import llama_stack.providers.utils.inference.prompt_adapter as prompt_adapter
 import llama_stack.providers.utils.kvstore.postgres as kvstore_postgres
 import llama_stack.providers.utils.telemetry.trace_protocol as trace_protocol
+from llama_stack.apis.tools import ToolGroup
 from llama_stack.core.datatypes import Provider, StackRunConfig
 from llama_stack.core.distribution import get_provider_registry
 from llama_stack.core.resolver import resolve_impls
@@ -39,6 +40,9 @@ from llama_stack.core.stack import (
 )
 from llama_stack.core.store.registry import create_dist_registry
 from llama_stack.providers.datatypes import Api
+from llama_stack.providers.remote.tool_runtime.model_context_protocol.model_context_protocol import (
+    ModelContextProtocolToolRuntimeImpl,
+)
 from llama_stack.providers.utils.sqlstore.sqlalchemy_sqlstore import SqlAlchemySqlStoreImpl
 
 from app.stack import access, fetching, postgres, registry
@@ -127,6 +131,7 @@ def _prepare() -> None:
     # The original holds a connection for each store, blocks the loop with it, and never opens it again.
     kvstore_postgres.PostgresKVStoreImpl = postgres.KeyValueStore
     InferenceRouter.stream_tokens_and_compute_metrics_openai_chat = _closing_stream
+    ModelContextProtocolToolRuntimeImpl.register_toolgroup = _require_endpoint
     # The original makes an engine for every table it creates, each of which leaves a connection open for good.
     if SqlAlchemySqlStoreImpl.create_engine.__module__ != postgres.__name__:
         SqlAlchemySqlStoreImpl.create_engine = postgres.shared_engine(SqlAlchemySqlStoreImpl.create_engine)
@@ -162,6 +167,12 @@ async def _closing_stream(
                 yield chunk
     finally:
         await close_stream(response)
+
+
+async def _require_endpoint(self: Any, toolgroup: ToolGroup) -> None:
+    # The original takes any, and fails when the toolgroup is stored already.
+    if toolgroup.mcp_endpoint is None:
+        raise ValueError('mcp_endpoint is required, as {"uri": "https://…"}')
 
 
 def quiet_logging() -> None:

@@ -102,7 +102,7 @@ class StackApp(FastAPI):
 
     async def complete(
         self, endpoint: completions.Endpoint, body: completions.JSON, *, principal: str, headers: Mapping[str, str]
-    ) -> completions.JSON | completions.Begun:
+    ) -> bytes | completions.Begun:
         """A completion or embeddings (`app.stack.completions.ask`)."""
         if await self.impls[Api.models].get_object_by_identifier("model", str(body.get("model"))) is None:
             await self._see_changes()

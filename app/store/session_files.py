@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sqlalchemy import Connection, bindparam, func, select
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.domain.errors import NotFound
@@ -19,7 +20,7 @@ Changes = Mapping[str, bytes | None]
 
 _LAST = (
     select(session_files.c.name, session_files.c.content, func.octet_length(session_files.c.content).label("size"))
-    .distinct(session_files.c.name)
+    .ext(distinct_on(session_files.c.name))
     .where(session_files.c.session_id == bindparam("of_session"))
     .order_by(session_files.c.name, session_files.c.number.desc())
     .subquery()

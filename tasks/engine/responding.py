@@ -69,6 +69,16 @@ class CallItem:
     given_id: str = ""
     """The model's, which need not be unique."""
 
+    def whole(self) -> Call:
+        return Call(
+            call_id=self.call_id,
+            name=self.name,
+            arguments=self.arguments,
+            kind=self.kind,
+            item_id=self.item_id,
+            output_index=self.output_index,
+        )
+
 
 _PARTS = {
     "output_text": ("output_text", "text"),
@@ -220,16 +230,7 @@ class Answer:
             where = {"item_id": call.item_id, "output_index": call.output_index}
             done = event(f"{_ARGUMENTS[call.kind]}.done", **where, arguments=call.arguments, name=call.name)
             self._publish(done, EventKind.RESPONSE)
-        self.calls.append(
-            Call(
-                call_id=call.call_id,
-                name=call.name,
-                arguments=call.arguments,
-                kind=call.kind,
-                item_id=call.item_id,
-                output_index=call.output_index,
-            )
-        )
+        self.calls.append(call.whole())
 
     def _added(self, item: Item, output_index: int) -> None:
         data = item_event("added", self._response_id, output_index, item)

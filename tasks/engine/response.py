@@ -127,7 +127,7 @@ class Response(Attempt):
                 output_index=self._take_index(),
             )
             self._begin(self._tools.begun(call), call.output_index)
-            calls.append(_call(call))
+            calls.append(call.whole())
         await self._record_step(ApprovedStep(step_id=_step_id(), calls=calls))
 
     async def _infer(self) -> Outcome | None:
@@ -303,17 +303,6 @@ class Response(Attempt):
 def _items(past: Past) -> list[Item]:
     """Input and output of what came before."""
     return [entry.item for entry in past.entries] + [each.item for step in past.steps for each in step.items]
-
-
-def _call(call: CallItem) -> Call:
-    return Call(
-        call_id=call.call_id,
-        name=call.name,
-        arguments=call.arguments,
-        kind=call.kind,
-        item_id=call.item_id,
-        output_index=call.output_index,
-    )
 
 
 def _step_id() -> str:

@@ -239,6 +239,13 @@ def test_error_before_the_stream_has_the_models_status(
     assert (answer.status_code, answer.json()["error"]["message"]) == (told, "no such luck")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_how_long_the_model_server_asks_to_wait_is_told(http: httpx.Client, stream: bool) -> None:
+    answers = [http.post(CHAT, json=asked(f"ERR {status} busy", stream=stream)) for status in ("429/7", "503/8", "503")]
+    told = [(answer.status_code, answer.headers.get("retry-after")) for answer in answers]
+    assert told == [(429, "7"), (503, "8"), (503, None)]
+
+
 def test_a_refused_key_of_the_servers_own_is_not_the_clients_fault(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match="INFERENCE_API_KEY") as raised:
         sdk.chat.completions.create(model="scripted", messages=user("ERR 401 bad key"))

@@ -194,6 +194,39 @@ def test_an_agent_searches_the_web(system: System, search: SearchServer, model: 
     assert "What two says about camels" in model.requests()[-1]["body"]["messages"][-1]["content"]
 
 
+@pytest.fixture(scope="module")
+def elsewhere(
+    environment: dict[str, str],
+    migrated_database: Callable[[str], str],
+    search_server: SearchServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A web process with what it shares with its workers: their provider is not that of `system`."""
+    folder = tmp_path_factory.mktemp("provider-data-elsewhere")
+    with Valkey(folder) as valkey:
+        env = environment | {"DATABASE_URL": migrated_database("caravan_web_search"), "REDIS_URL": valkey.url}
+        env |= {"WEB_SEARCH_URL": search_server.url}
+        url, web = web_process(env, folder / "web.log")
+        with web:
+            yield url, env
+
+
+@pytest.mark.parametrize("provider", ["brave", "bing"])
+def test_an_agent_searches_by_another_provider(
+    elsewhere: tuple[str, dict[str, str]], search: SearchServer, model: ScriptedModel, tmp_path: Path, provider: str
+) -> None:
+    url, env = elsewhere
+    own = {"WEB_SEARCH_PROVIDER": provider, f"{provider.upper()}_SEARCH_API_KEY": OPERATORS_KEY}
+    worker = worker_process(TURN_POOL, env | own, tmp_path / "worker.log")
+    with worker, LlamaStackClient(base_url=url, max_retries=0) as client:
+        [found] = told(Agent(client, toolgroups=SEARCH).turn(f"{called('camels')} | SAY done"))
+    assert [(one["shape"], one["query"], one["key"]) for one in search.searches()] == [
+        (provider, "camels", OPERATORS_KEY)
+    ]
+    assert "What two says about camels" in found
+    assert model.requests()[-1]["body"]["messages"][-1]["content"] == found
+
+
 def test_a_search_that_fails_is_told_to_the_model(system: System, search: SearchServer, model: ScriptedModel) -> None:
     """No key, a key that is refused, a server that fails: what to do about it, and the turn goes on."""
     with system.client() as client:

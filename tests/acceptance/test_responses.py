@@ -177,7 +177,10 @@ def test_mcp_tools(sdk: Sdk, model: ScriptedModel) -> None:
         output = final.response.output
         assert [item.type for item in output] == ["mcp_list_tools", "mcp_call", "mcp_call", "message"]
         assert output[1].output == "3"
-        assert "no" in output[2].error
+        assert "no" in output[2].error.content[0]["text"]
+        assert sdk.responses.retrieve(final.response.id).to_dict(warnings="error") == final.response.to_dict()
+        llama = {"x-llamastack-client-version": "0.3.5"}  # which reads a text
+        assert "no" in sdk.responses.retrieve(final.response.id, extra_headers=llama).output[2].error
         assert final.response.output_text == "add,fail"
         after = sdk.responses.create(model=MODEL, input="HISTORY", previous_response_id=final.response.id)
         told = json.loads(after.output_text)
@@ -331,7 +334,7 @@ def test_tokens_or_iterations_run_out(sdk: Sdk, model: ScriptedModel) -> None:
         limited: Any = sdk.responses.create(model=MODEL, input=script, tools=[tool], max_tool_calls=1)
         assert limited.status == "completed"
         assert len(mcp.calls()) == 2
-        assert "max_tool_calls" in limited.output[2].error
+        assert "max_tool_calls" in limited.output[2].error.content[0]["text"]
 
 
 @both_pools
@@ -376,14 +379,15 @@ def test_what_is_not_stored_is_shown_to_nobody(sdk: Sdk, model: ScriptedModel) -
 def test_asked_twice(caravan: Caravan, model: ScriptedModel) -> None:
     """An Idempotency-Key, or a retry that an SDK announces, leads to the response that is there."""
     with httpx.Client(base_url=caravan.url, timeout=30) as http:
-        body = {"model": MODEL, "input": "SAY once"}
-        given = [http.post("/v1/responses", json=body, headers={"Idempotency-Key": "one"}).json()["id"] for _ in "ab"]
+        key = {"Idempotency-Key": uuid.uuid4().hex}
+        body = {"model": MODEL, "input": f"SAY once {uuid.uuid4().hex}"}
+        given = [http.post("/v1/responses", json=body, headers=key).json()["id"] for _ in "ab"]
         assert given[0] == given[1]
         again = http.post("/v1/responses", json=body, headers={"x-stainless-retry-count": "1"}).json()["id"]
         assert again == given[0]
         assert http.post("/v1/responses", json=body).json()["id"] != given[0]
         other = {"model": MODEL, "input": "SAY other"}
-        assert http.post("/v1/responses", json=other, headers={"Idempotency-Key": "one"}).status_code == 422
+        assert http.post("/v1/responses", json=other, headers=key).status_code == 422
 
 
 def test_lists(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:

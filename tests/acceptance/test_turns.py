@@ -176,6 +176,17 @@ def test_a_model_error_ends_the_turn_and_is_stored(make_agent: AgentMaker, http:
     assert agent.answer("SAY still here") == "still here "
 
 
+def test_of_a_model_servers_long_error_the_beginning_is_told_and_stored(
+    make_agent: AgentMaker, http: httpx.Client
+) -> None:
+    agent = make_agent()
+    told = agent.turn(f"ERR 500 <html> {'x' * 100_000}")[-1].error["message"]
+    assert told.startswith("500: <html> xxx")
+    assert told.endswith("xxx… (cut off)")
+    assert len(told) < 2100
+    assert http.get(agent.path).json()["turns"][0]["error"]["message"] == told
+
+
 def test_the_sdks_agent_class_runs_client_tools(make_agent: AgentMaker, caravan: Caravan) -> None:
     """llama-stack-client's own `Agent` for Responses and Conversations works against the web process."""
     client = make_agent().client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ async def stack(postgres_url: str, run_yaml: Path) -> AsyncIterator[StackApp]:
 
 
 async def ask(stack: StackApp, endpoint: Endpoint = CHAT, **body: Any) -> Any:
-    return await stack.complete(endpoint, {"model": MODEL, **body}, principal="local", headers={})
+    answer = await stack.complete(endpoint, {"model": MODEL, **body}, principal="local", headers={})
+    return json.loads(answer) if isinstance(answer, bytes) else answer
 
 
 def user(script: str) -> list[dict[str, Any]]:

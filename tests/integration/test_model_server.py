@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -46,8 +47,8 @@ async def adapter(server: OddServer) -> AsyncIterator[ModelServer]:
 
 
 async def relayed(adapter: ModelServer, *, streams: bool) -> list[Any]:
-    answer = await adapter.relay("/chat/completions", {"stream": streams}, streams=streams)
-    return [answer] if isinstance(answer, dict) else [chunk async for chunk in answer]
+    answer = await adapter.relay("/chat/completions", {"stream": streams}, name="m", streams=streams)
+    return [json.loads(answer)] if isinstance(answer, bytes) else [chunk async for chunk in answer]
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -69,6 +70,27 @@ async def test_every_error_has_a_message_and_a_status(
     with pytest.raises(ModelError, match=message) as raised:
         await relayed(adapter, streams=streams)
     assert raised.value.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("86400", 86400),
+        ("0", 0),
+        ("86401", None),
+        ("-1", None),
+        ("1.5", None),
+        ("9" * 5000, None),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
+    ],
+)
+async def test_of_a_wish_to_wait_only_a_number_of_seconds_is_taken(
+    adapter: ModelServer, server: OddServer, header: str, seconds: int | None
+) -> None:
+    server.head = f"429 Busy\r\nretry-after: {header}"
+    with pytest.raises(ModelError) as raised:
+        await relayed(adapter, streams=False)
+    assert raised.value.retry_after == seconds
 
 
 async def test_an_answer_that_is_nested_too_deeply_is_an_error(adapter: ModelServer, server: OddServer) -> None:

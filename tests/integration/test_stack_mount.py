@@ -294,9 +294,9 @@ async def test_nothing_is_stored_of_completions(settings: Settings, database_url
     async with web(settings) as (_, stack):
         request = {"model": MODELS[0], "messages": [{"role": "user", "content": "hi"}]}
         answer = await stack.complete(CHAT, request, principal="local", headers={})
-        assert isinstance(answer, dict)
-        assert answer["choices"][0]["message"]["content"] == "Hello there"
-        assert answer["model"] == MODELS[0]
+        assert isinstance(answer, bytes)
+        told = json.loads(answer)
+        assert (told["choices"][0]["message"]["content"], told["model"]) == ("Hello there", MODELS[0])
         with administrator(database_url) as cursor:
             cursor.execute("SELECT to_regclass('inference_store')")
             assert cursor.fetchone()[0] is None
@@ -396,6 +396,17 @@ def made_by(app: StackApp, principal: str | None) -> httpx.AsyncClient:
         await app({**scope, **({"principal": principal} if principal else {})}, receive, send)
 
     return httpx.AsyncClient(transport=httpx.ASGITransport(called), base_url="http://web")
+
+
+async def test_an_mcp_server_without_its_url_is_not_registered(settings: Settings) -> None:
+    async with web(settings) as (http, _):
+        asked = {"toolgroup_id": "mcp::nowhere", "provider_id": "model-context-protocol"}
+        answer = await http.post("/v1/toolgroups", json=asked)
+        assert (answer.status_code, "mcp_endpoint" in answer.text) == (400, True)
+        assert "mcp::nowhere" not in (await http.get("/v1/toolgroups")).text
+        answer = await http.post("/v1/toolgroups", json=asked | {"mcp_endpoint": {"uri": "http://127.0.0.1:1/mcp"}})
+        assert answer.status_code == 200
+        assert "mcp::nowhere" in (await http.get("/v1/toolgroups")).text
 
 
 async def test_what_nobody_owns_is_everyones_to_use_and_the_local_ones_to_change(settings: Settings) -> None:

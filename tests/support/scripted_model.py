@@ -22,7 +22,8 @@ a script can stand in prose. A command that is written wrongly is answered with 
     DELAY ms                waits before what follows
     HOLD name               waits until POST /control/release/name; a released name stays open until a reset
     HANG                    never answers further
-    ERR n [message]         fails with HTTP status n; in a stream that has begun, with `data: {"error": {…}}` in it
+    ERR n[/s] [message]     fails with HTTP status n (and Retry-After: s); in a stream that has begun, with
+                            `data: {"error": {…}}` in it
     ERRTIMES k n [message]  is ERR n the first k times that this very script gets here, and nothing from then on
     DROP                    closes the connection, in mid-stream without the final chunk
 
@@ -214,10 +215,11 @@ def check_history(messages: Sequence[dict[str, Any]]) -> None:
 class Failed(Exception):
     """The script wants this request to fail."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.retry_after = retry_after
 
     def body(self) -> bytes:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -307,7 +309,7 @@ class StreamedAnswer(Answer):
         if self._begun:
             await self._send(_http_chunk(b"data: " + failure.body() + b"\n\n") + b"0\r\n\r\n")
         else:
-            await self._connection.respond(failure.status, failure.body())
+            await self._connection.refuse(failure)
 
     async def _send_deltas(self, deltas: list[bytes]) -> None:
         if not self._begun:
@@ -372,7 +374,7 @@ class WholeAnswer(Answer):
         await self._connection.respond(200, encode_json(body).encode())
 
     async def fail(self, failure: Failed) -> None:
-        await self._connection.respond(failure.status, failure.body())
+        await self._connection.refuse(failure)
 
 
 class WholeText(WholeAnswer):
@@ -494,8 +496,9 @@ class Performance:
         await asyncio.get_running_loop().create_future()
 
     async def _err(self, command: Command) -> None:
-        status, _, message = command.rest.partition(" ")
-        raise Failed(int(status), message.strip() or f"scripted {status}")
+        failure, _, message = command.rest.partition(" ")
+        status, _, retry_after = failure.partition("/")
+        raise Failed(int(status), message.strip() or f"scripted {status}", retry_after)
 
     async def _errtimes(self, command: Command) -> None:
         times, _, failure = command.rest.partition(" ")
@@ -686,9 +689,13 @@ class Connection(asyncio.Protocol):
         if not self._writable.is_set():
             await self._writable.wait()
 
-    async def respond(self, status: int, body: bytes) -> None:
-        head = f"HTTP/1.1 {status} Scripted\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        await self.send(head.encode() + body)
+    async def respond(self, status: int, body: bytes, more: str = "") -> None:
+        head = f"HTTP/1.1 {status} Scripted\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        await self.send(f"{head}{more}\r\n".encode() + body)
+
+    async def refuse(self, failure: Failed) -> None:
+        more = f"retry-after: {failure.retry_after}\r\n" if failure.retry_after else ""
+        await self.respond(failure.status, failure.body(), more)
 
     async def _serve(self) -> None:
         try:
@@ -711,7 +718,7 @@ class Connection(asyncio.Protocol):
             else:
                 await self.respond(200, encode_json(self._route(request, path)).encode())
         except Failed as failure:
-            await self.respond(failure.status, failure.body())
+            await self.refuse(failure)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             await self.respond(400, Failed(400, f"not understood: {error!r}").body())
 

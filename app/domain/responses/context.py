@@ -184,9 +184,11 @@ def _of_item(item: Item, result: str | None, denied: Mapping[str, str | None]) -
 
 def _told_of(item: Item) -> str:
     """What a model is told of an `mcp_call`: newer clients give its error as an object."""
-    error = item.get("error")
-    if error:
-        return error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+    match item.get("error"):
+        case str(error) | {"content": [{"type": "text", "text": str(error)}]} if error:
+            return error
+        case error if error:
+            return json.dumps(error, ensure_ascii=False)
     return item.get("output") or ""
 
 

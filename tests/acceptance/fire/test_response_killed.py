@@ -99,7 +99,7 @@ def test_a_killed_worker_costs_a_step_of_a_response(system: System, model: Scrip
     assert added == list(range(len(added)))
     kinds = [item["type"] for item in final["output"]]
     assert kinds == ["mcp_list_tools", "mcp_call", "message", "mcp_call", "message"]
-    assert "outcome of this tool call is unknown" in final["output"][3]["error"]
+    assert "outcome of this tool call is unknown" in final["output"][3]["error"]["content"][0]["text"]
     done = [event["item"] for event in reader.of("output_item.done")]
     assert len(done) == len(added), "OpenAI's SDK refuses an item that is begun and never done"
     [lost] = [item for item in done if item["id"] not in {kept["id"] for kept in final["output"]}]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.stack.chunks import ModelError, parse_event, read_chunks, server_error
+from app.stack.chunks import ModelError, parse_event, read_chunks, renamed, server_error
 
 
 def event(**fields: Any) -> bytes:
@@ -141,6 +141,21 @@ def test_what_is_nested_too_deeply_is_the_servers_error() -> None:
     """Models that repeat themselves write it."""
     with pytest.raises(ModelError, match="nested"):
         parse_event(b"[" * 100_000)
+
+
+def test_vectors_stay_the_bytes_that_they_are() -> None:
+    """Whatever else is in the answer, numbers in brackets in a text too."""
+    vectors = [b"[%b]" % b", ".join([number] * 300) for number in (b"1.50", b"-2e-3", b"3")]
+    text = "[" + "1, " * 100 + "]"
+    rows = b",".join(b'{"embedding": %b, "index": 0}' % vector for vector in vectors)
+    data = b'{"data": [%b], "model": "m", "text": "%b \\u00e9", "few": [1.50]}' % (rows, text.encode())
+    answer = renamed(data, "mine")
+    assert [vector in answer for vector in vectors] == [True] * 3
+    assert json.loads(answer) == json.loads(data) | {"model": "mine"}
+
+
+def test_an_answer_without_a_model_gets_none() -> None:
+    assert json.loads(renamed(b'{"a": 1}', "mine")) == {"a": 1}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.domain.errors import CompletionError
+from app.domain.errors import TOLD_CHARACTERS, CompletionError
 from app.stack.chunks import ModelError
 from app.stack.completions import completion_error
 
@@ -21,3 +21,9 @@ def test_the_model_servers_own_error_is_told_and_not_logged(caplog: pytest.LogCa
     """It is no trouble of ours."""
     told = completion_error(ModelError("overloaded", 500), {})
     assert (str(told), caplog.text) == ("overloaded", "")
+
+
+@pytest.mark.parametrize("error", [ModelError("x" * 10_000), ConnectionError("x" * 10_000)])
+def test_of_a_long_error_the_beginning_is_told(error: Exception) -> None:
+    """The model server's, or that of a provider of one's own."""
+    assert str(completion_error(error, {})) == "x" * TOLD_CHARACTERS + "… (cut off)"

@@ -166,13 +166,17 @@ def test_tools_of_ours_as_items_of_a_conversation() -> None:
         {"type": "mcp_list_tools", "id": "l", "tools": []},
         {"type": "reasoning", "id": "r", "summary": []},
     ]
-    past = Past([Entry(mcp, "3"), Entry({**mcp, "id": "n", "error": {"message": "no"}, "output": None})])
+    failed = {**mcp, "id": "n", "error": {"message": "no"}, "output": None}
+    ours = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": "no luck"}]}
+    past = Past([Entry(mcp, "3"), Entry(failed), Entry({**failed, "id": "o", "error": ours})])
     found = Past([Entry(search, "found"), Entry({**search, "id": "t"}), Entry(web, "pages"), Entry({**web, "id": "x"})])
     assert told(*ignored, past=[past, found]) == [
         "assistant:  >m",
         "tool: m=3",
         "assistant:  >n",
         'tool: n={"message": "no"}',
+        "assistant:  >o",
+        "tool: o=no luck",
         "assistant:  >s",
         "tool: s=found",
         "assistant:  >t",
