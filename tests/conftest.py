@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
@@ -31,6 +32,10 @@ SHARE_PROCESSES = (
     "test_turns.py",
 )
 """They use the same web process and workers, which are slow to start."""
+
+# What a run finds, the next one finds: hypothesis says the same each time, however slow the machine is.
+settings.register_profile("same", derandomize="RANDOMIZE" not in os.environ, database=None, deadline=None)
+settings.load_profile("same")
 
 _NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
 # Each of the processes that run tests side by side has ports of its own, and none are those of `caravan up` under test.
@@ -146,7 +151,7 @@ def environment(
         "INFERENCE_URL": scripted_model.url,
         "INFERENCE_MODEL": "scripted,second-model",
         "MODEL_ALIASES": "meta-llama/Llama-3.2-3B-Instruct=scripted",
-        "LEASE_SECONDS": "2",
+        "LEASE_SECONDS": "4",
         "HEARTBEAT_SECONDS": "0.5",
         "UPKEEP_SECONDS": "0.5",
         "SILENCE_SECONDS": "1",

@@ -187,7 +187,7 @@ def test_clients_of_any_version_are_let_in(caravan: Caravan, version: str) -> No
     """No 426, on our routes and on the Llama Stack's."""
     headers = {"x-llamastack-client-version": version}
     for path in ("/v1/agents", "/v1/models"):
-        assert httpx.get(caravan.url + path, headers=headers).status_code == 200
+        assert httpx.get(caravan.url + path, headers=headers, timeout=60).status_code == 200
 
 
 def test_models_have_exactly_the_configured_ids(client: LlamaStackClient) -> None:

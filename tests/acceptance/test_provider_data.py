@@ -4,6 +4,8 @@ are gone when the turn has ended. And the tools that need them: web search, and 
 from __future__ import annotations
 
 import base64
+import binascii
+import contextlib
 import json
 import re
 import uuid
@@ -64,7 +66,13 @@ class System:
 
     def kept(self) -> str:
         """All that Postgres, Redis and the logs have, as text."""
-        return "\n".join([*self._rows(), *map(repr, self._values()), *(log.read_text() for log in self.logs.iterdir())])
+        return "\n".join(
+            [
+                *self._rows(),
+                *map(repr, self._values()),
+                *(log.read_text(errors="replace") for log in self.logs.iterdir()),
+            ]
+        )
 
     def _rows(self) -> Iterator[str]:
         tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
@@ -85,9 +93,11 @@ class System:
             b"zset": lambda key: self.redis.zrange(key, 0, -1, withscores=True),
         }
         for key in self.redis.scan_iter():
-            value = readers[self.redis.type(key)](key)
+            value = readers.get(self.redis.type(key), repr)(key)  # b"none": it is gone
             yield key, value
-            yield [base64.b64decode(part + b"==") for part in re.findall(rb"[A-Za-z0-9+/]{40,}", repr(value).encode())]
+            for part in re.findall(rb"[A-Za-z0-9+/]{40,}", repr(value).encode()):
+                with contextlib.suppress(binascii.Error):  # it was none
+                    yield base64.b64decode(part + b"==")
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +251,7 @@ def test_a_tool_is_called_by_hand_in_the_web_process(system: System, search: Sea
         assert "3" in str(summed.content)
     with system.client() as client, pytest.raises(BadRequestError, match="set TAVILY_SEARCH_API_KEY"):
         client.tool_runtime.invoke_tool(tool_name="web_search", kwargs={"query": "camels"})
-    assert httpx.get(f"{system.url}/v1/tools", params={"toolgroup_id": group}).status_code == 401
+    assert httpx.get(f"{system.url}/v1/tools", params={"toolgroup_id": group}, timeout=60).status_code == 401
 
 
 # --- MCP servers ---
@@ -302,7 +312,7 @@ def test_an_mcp_server_that_goes_away(system: System, model: ScriptedModel) -> N
             mcp.kill()
             model.wait_held("down")
             model.release("down")
-            in_call, before_call = map(words, told(turn.result(30)))
+            in_call, before_call = map(words, told(turn.result(60)))
         assert "whether the call had an effect is not known" in in_call
         assert "cannot be reached" in before_call
         error = agent.turn("SAY never")[-1].error
@@ -399,10 +409,10 @@ def test_what_is_no_provider_data_is_refused(system: System) -> None:
 
 def _held(agent: Agent, posting: ThreadPoolExecutor, model: ScriptedModel, gate: str, then: str) -> str:
     """A turn that is running, and waits in the model; its id."""
-    before = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}").json()["turns"]}
+    before = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}", timeout=60).json()["turns"]}
     posting.submit(agent.turn, f"HOLD {gate} | {then}")
     model.wait_held(gate)
-    after = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}").json()["turns"]}
+    after = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}", timeout=60).json()["turns"]}
     [turn_id] = after - before
     return str(turn_id)
 
@@ -426,13 +436,13 @@ def test_secrets_are_gone_when_the_turn_has_ended(system: System, model: Scripte
         if way in ("completed", "failed"):
             model.release(gate)
         elif way.startswith("cancelled"):
-            httpx.post(f"{path}/turn/{turn_id}/cancel").raise_for_status()
+            httpx.post(f"{path}/turn/{turn_id}/cancel", timeout=60).raise_for_status()
         elif way in ("timed out", "waited"):
             system.run("UPDATE turns SET deadline_at = clock_timestamp() WHERE turn_id = :id", id=turn_id)
         elif way == "superseded":
             agent.turn("SAY next")
         else:
-            httpx.delete(path).raise_for_status()
+            httpx.delete(path, timeout=60).raise_for_status()
         wait_until(lambda: system.column(turn_id, "sealed") is None)
         ended = {"completed": "completed", "failed": "failed", "timed out": "failed", "waited": "failed"}
         assert system.column(turn_id, "status") in (ended.get(way, "cancelled"), None if way == "deleted" else "")
@@ -457,7 +467,7 @@ def test_a_secret_is_kept_nowhere(
         assert key not in kept
         assert TOKEN not in kept
         model.release("gate")
-        heard = turn.result(30)
+        heard = turn.result(60)
         assert HIDDEN in str(told(heard))
         failed = agent.turn(f"{called('LEAK')} | ERR 400 no")
         assert failed[-1].error["code"] == "model_error"

@@ -20,6 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from app.domain.events import unpack
 from tests.acceptance.conftest import Caravan
+from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import DIMENSIONS, ScriptedModel
 
@@ -355,8 +356,8 @@ def test_in_the_background(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> 
     stream = sdk.responses.create(model=MODEL, input="PART more | HANG", background=True, stream=True)
     first = next(stream)
     assert first.type == "response.created"
-    cancelled = sdk.responses.cancel(first.response.id)
-    assert cancelled.status == "cancelled"
+    sdk.responses.cancel(first.response.id)
+    wait_until(lambda: sdk.responses.retrieve(first.response.id).status == "cancelled")  # at once, or a moment later
     assert sdk.responses.cancel(first.response.id).status == "cancelled"
     *_, last = stream
     assert (last.type, last.response.status) == ("response.failed", "cancelled")
@@ -376,20 +377,21 @@ def test_what_is_not_stored_is_shown_to_nobody(sdk: Sdk, model: ScriptedModel) -
 def test_asked_twice(caravan: Caravan, model: ScriptedModel) -> None:
     """An Idempotency-Key, or a retry that an SDK announces, leads to the response that is there."""
     with httpx.Client(base_url=caravan.url, timeout=30) as http:
-        body = {"model": MODEL, "input": "SAY once"}
-        given = [http.post("/v1/responses", json=body, headers={"Idempotency-Key": "one"}).json()["id"] for _ in "ab"]
+        key = uuid.uuid4().hex
+        body = {"model": MODEL, "input": f"SAY once {key}"}
+        given = [http.post("/v1/responses", json=body, headers={"Idempotency-Key": key}).json()["id"] for _ in "ab"]
         assert given[0] == given[1]
         again = http.post("/v1/responses", json=body, headers={"x-stainless-retry-count": "1"}).json()["id"]
         assert again == given[0]
         assert http.post("/v1/responses", json=body).json()["id"] != given[0]
         other = {"model": MODEL, "input": "SAY other"}
-        assert http.post("/v1/responses", json=other, headers={"Idempotency-Key": "one"}).status_code == 422
+        assert http.post("/v1/responses", json=other, headers={"Idempotency-Key": key}).status_code == 422
 
 
 def test_lists(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
     """Newest first, with their input, in pages, of one model if asked."""
     made = [sdk.responses.create(model="second-model", input=f"SAY {word}").id for word in ("a", "b", "c")]
-    with httpx.Client(base_url=f"{caravan.url}/v1") as http:
+    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=60) as http:
         page = http.get("/responses", params={"model": "second-model", "limit": 2}).json()
         assert [row["id"] for row in page["data"]] == made[:0:-1]
         assert page["data"][0]["input"][0]["content"][0]["text"] == "SAY c"

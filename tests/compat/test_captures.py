@@ -96,7 +96,7 @@ def system(
                 "provider_id": "model-context-protocol",
                 "mcp_endpoint": {"uri": mcp.url},
             }
-            httpx.post(f"{url}/v1/toolgroups", json=endpoint).raise_for_status()
+            httpx.post(f"{url}/v1/toolgroups", json=endpoint, timeout=60).raise_for_status()
             yield System(url, mcp.url)
     finally:
         worker.teardown()

@@ -214,7 +214,9 @@ def test_a_database_one_revision_ahead_serves_this_version(
     assert migrate.upgrade(url) == "next"
     base, web = web_process(environment | {"DATABASE_URL": url}, open_path / "web.log")
     with web:
-        created = httpx.post(f"{base}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "x"}})
+        created = httpx.post(
+            f"{base}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "x"}}, timeout=60
+        )
         assert created.status_code == 200
         lines = [line for line in web.output().splitlines() if "the database has revision" in line]
     assert len(lines) == 1

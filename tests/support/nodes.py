@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from tests.support import wait_until
 ROOT = Path(__file__).parents[2]
 TURN_POOL = ("-P", "custom", "--autoscale=500,10")
 PREFORK = ("--autoscale=8,2",)
-READY_SECONDS = 60
+READY_SECONDS = 120
 
 
 def _die_with_parent() -> None:
@@ -96,15 +97,19 @@ class Process:
     def kill_all(self) -> None:
         """SIGKILL for the process and all its children at once."""
         if self._process is not None:
-            for process in [*psutil.Process(self.pid).children(recursive=True)] if self.running() else []:
-                process.kill()
+            kill(self._descendants())
             self._process.kill()
             self._process.wait()
 
     def children(self) -> list[int]:
-        return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+        return [child.pid for child in self._descendants()]
 
-    def wait_ended(self, timeout: float = 30) -> int:
+    def _descendants(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):  # it may end, and be waited for, at any time
+            return psutil.Process(self.pid).children(recursive=True) if self.running() else []
+        return []
+
+    def wait_ended(self, timeout: float = 60) -> int:
         assert self._process is not None
         return self._process.wait(timeout)
 
@@ -112,16 +117,21 @@ class Process:
         """SIGTERM, then SIGKILL to all that is left."""
         if self._process is None or not self.running():
             return
-        children = psutil.Process(self.pid).children(recursive=True)
+        children = self._descendants()
         self._process.terminate()
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for child in children:
-            if child.is_running():
-                child.kill()
+        kill(children)
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Those that still are."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class ProcessContainer(CeleryTestContainer):

@@ -22,15 +22,13 @@ from sqlalchemy.engine import make_url
 
 from app.dispatch import QUEUE
 from app.domain.events import EventId
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import Process, web_process, worker_process
 from tests.support.scripted_model import ScriptedModel
 
 SHORT_RECOVERY_SECONDS = 15.0
 """What tests assert; with short settings it is promised within 5 s on a quiet machine."""
-PATIENCE_SECONDS = 60.0
-"""For what takes no time on a quiet machine."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import pytest
 
 from app.local.valkey import Valkey
 from tests.acceptance.fire.system import (
-    PATIENCE_SECONDS,
     System,
     check_stream,
     check_turn,
 )
+from tests.support import PATIENCE_SECONDS
 from tests.support.nodes import TURN_POOL
 from tests.support.scripted_model import ScriptedModel
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from tests.acceptance.fire.system import PATIENCE_SECONDS, Session, System
+from tests.acceptance.fire.system import Session, System
 from tests.acceptance.test_turns import BOILING_POINT
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.scripted_model import ScriptedModel
 
 

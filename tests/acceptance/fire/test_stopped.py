@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 
 from tests.acceptance.fire.system import (
-    PATIENCE_SECONDS,
     Session,
     System,
     blocks,
@@ -19,7 +18,7 @@ from tests.acceptance.fire.system import (
     requests_of,
     signal_group,
 )
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.scripted_model import ScriptedModel
 
 
