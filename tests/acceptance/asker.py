@@ -3,8 +3,8 @@
     python -m tests.acceptance.asker URL EACH
 
 prints `{"sent", "wrong"}`. Half of the requests are as described and half are not, by turns of things that exist and of
-ids that schemathesis makes up. It is a process of its own because what hypothesis comes to depends, also where it is
-derandomized, on the modules that are loaded and on the order of sets: with PYTHONHASHSEED each run asks for the same.
+ids that schemathesis makes up. It is a process of its own because what hypothesis comes to depends on the modules that
+are loaded (it takes constants from them), also where it is derandomized: so each run asks for the same.
 """
 
 from __future__ import annotations
