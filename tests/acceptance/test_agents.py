@@ -69,7 +69,7 @@ def test_deleting_an_agent_ends_the_streams_of_its_turns(make_agent: AgentMaker,
         "POST",
         str(agent.client.base_url).rstrip("/") + agent.path + "/turn",
         json={"messages": [{"role": "user", "content": "PART one two | HANG"}], "stream": True},
-        timeout=30,
+        timeout=60,
     ) as stream:
         lines = stream.iter_lines()
         assert any("two" in line for line in lines)

@@ -206,7 +206,7 @@ class Holding:
 
     def turns(self, agent: Agent, key: str) -> int:
         """How many the agent's session has."""
-        return len(httpx.get(f"{self._url}{agent.path}", headers=bearer(key), timeout=30).json()["turns"])
+        return len(httpx.get(f"{self._url}{agent.path}", headers=bearer(key), timeout=60).json()["turns"])
 
     def ended(self) -> list[int]:
         """The status of each answer."""

@@ -16,7 +16,7 @@ from tests.support import ROOT
 from tests.support.caravan_up import CARAVAN, up
 from tests.support.scripted_model import ScriptedModel
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
@@ -41,7 +41,7 @@ def run_turn(url: str, agent_id: str) -> httpx.Response:
     ).raise_for_status()
     turn = {"messages": [{"role": "user", "content": "SAY from the caravan"}], "stream": False}
     path = f"{url}/v1/agents/{agent_id}/session/{created.json()['session_id']}/turn"
-    return httpx.post(path, json=turn, timeout=30).raise_for_status()
+    return httpx.post(path, json=turn, timeout=120).raise_for_status()
 
 
 def assert_finds_by_meaning(url: str) -> None:
@@ -82,7 +82,7 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) ->
             assert sum(knowing) >= 2, "web and worker have the key"
             second.process.kill()
             second.process.wait()
-            _, alive = psutil.wait_procs(second.children, timeout=30)
+            _, alive = psutil.wait_procs(second.children, timeout=60)
             assert [child for child in alive if child in second.left()] == []
 
 

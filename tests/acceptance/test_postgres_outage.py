@@ -156,7 +156,7 @@ class Following:
         assert self.text() == text, self.events
         state = caravan.rows("SELECT status, fence, failures FROM turns WHERE turn_id = %s", self.turn_id)
         assert state == [("completed", 1, 0)]
-        replay = httpx.get(f"{caravan.url}{self.agent.path}/turn/{self.turn_id}/events", timeout=30).text
+        replay = httpx.get(f"{caravan.url}{self.agent.path}/turn/{self.turn_id}/events", timeout=60).text
         assert re.findall(r"^data: (.*)$", replay, re.MULTILINE) == self.events
 
 

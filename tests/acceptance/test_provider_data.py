@@ -366,7 +366,7 @@ def test_secrets_that_cannot_be_opened_fail_the_turn(system: System, model: Scri
 
 def test_another_key_does_not_make_another_request(system: System, search: SearchServer, model: ScriptedModel) -> None:
     """A token may have been renewed before a client tries again: the turn is the first one, with its key."""
-    with system.client() as client, httpx.Client(base_url=system.url, timeout=30) as http:
+    with system.client() as client, httpx.Client(base_url=system.url, timeout=60) as http:
         agent = Agent(client, toolgroups=SEARCH)
         message = {"role": "user", "content": f"{called('camels')} | SAY done"}
         tool = {"type": "mcp", "server_label": "s", "server_url": "http://127.0.0.1:1/mcp"}
@@ -387,7 +387,7 @@ def test_another_key_does_not_make_another_request(system: System, search: Searc
 
 def test_what_is_no_provider_data_is_refused(system: System) -> None:
     """Wherever it is read, by the name of the header; and where it cannot be sealed."""
-    with system.client() as client, httpx.Client(timeout=30) as http:
+    with system.client() as client, httpx.Client(timeout=60) as http:
         agent = Agent(client)
         turn = {"messages": [{"role": "user", "content": "SAY x"}]}
         response = {"model": "scripted", "input": "SAY x"}

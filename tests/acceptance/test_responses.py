@@ -376,7 +376,7 @@ def test_what_is_not_stored_is_shown_to_nobody(sdk: Sdk, model: ScriptedModel) -
 
 def test_asked_twice(caravan: Caravan, model: ScriptedModel) -> None:
     """An Idempotency-Key, or a retry that an SDK announces, leads to the response that is there."""
-    with httpx.Client(base_url=caravan.url, timeout=30) as http:
+    with httpx.Client(base_url=caravan.url, timeout=60) as http:
         key = uuid.uuid4().hex
         body = {"model": MODEL, "input": f"SAY once {key}"}
         given = [http.post("/v1/responses", json=body, headers={"Idempotency-Key": key}).json()["id"] for _ in "ab"]
@@ -442,7 +442,7 @@ def _stored(caravan: Caravan, response_id: str) -> dict[str, list[dict[str, Any]
 
 def test_file_search(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
     """The user's files are searched by the worker; what is found goes to the model, and into the item if asked for."""
-    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=30) as http:
+    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=60) as http:
         new = {"model_id": "embed", "model_type": "embedding", "provider_id": "model-server"}
         http.post("/models", json={**new, "metadata": {"embedding_dimension": DIMENSIONS}})
         fields = {"name": "s", "embedding_model": "embed", "embedding_dimension": DIMENSIONS}
@@ -642,7 +642,7 @@ def test_texts_that_are_hard_to_keep(caravan: Caravan, model: ScriptedModel) -> 
 def test_what_a_get_may_ask(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
     """A place in the stream, which is one of a stream; nothing else is dropped. OpenAI's other routes are not there."""
     made = sdk.responses.create(model=MODEL, input="SAY hi").id
-    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=30) as http:
+    with httpx.Client(base_url=f"{caravan.url}/v1", timeout=60) as http:
         for query in (
             "starting_after=0",
             "stream=true&starting_after=-1",

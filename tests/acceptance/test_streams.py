@@ -58,7 +58,7 @@ class Session:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        with httpx.Client(base_url=url, timeout=30) as http:
+        with httpx.Client(base_url=url, timeout=60) as http:
             agent_id = http.post("/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "x"}})
             path = f"/v1/agents/{agent_id.json()['agent_id']}/session"
             self.path = f"{path}/{http.post(path, json={'session_name': 'x'}).json()['session_id']}"

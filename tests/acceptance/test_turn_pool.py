@@ -34,7 +34,7 @@ def test_one_process_runs_many_turns_at_once(
     threads = [threading.Thread(target=run, args=(number,)) for number in range(TURNS)]
     for thread in threads:
         thread.start()
-    model.wait_held(gate, TURNS, timeout=60)
+    model.wait_held(gate, TURNS, timeout=120)
     model.release(gate)
     for thread in threads:
         thread.join(120)

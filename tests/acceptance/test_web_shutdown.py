@@ -58,7 +58,7 @@ class Web:
     def __init__(self, url: str, process: Process) -> None:
         self.url = url
         self.process = process
-        with httpx.Client(base_url=url, timeout=30) as http:
+        with httpx.Client(base_url=url, timeout=60) as http:
             config = {"model": "scripted", "instructions": "x"}
             agent_id = http.post("/v1/agents", json={"agent_config": config}).json()["agent_id"]
             session = http.post(f"/v1/agents/{agent_id}/session", json={"session_name": "x"}).json()

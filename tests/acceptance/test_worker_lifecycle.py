@@ -53,7 +53,7 @@ class Turn:
 
     @property
     def headers(self) -> httpx.Headers:
-        return httpx.get(self.url, timeout=30).headers
+        return httpx.get(self.url, timeout=60).headers
 
     @property
     def status(self) -> str:
@@ -139,9 +139,9 @@ class Fleet:
 
     def session(self, **config: Any) -> str:
         agent_config = {"model": "scripted", "instructions": "", **config}
-        agent = httpx.post(f"{self.url}/v1/agents", json={"agent_config": agent_config}, timeout=30).json()["agent_id"]
+        agent = httpx.post(f"{self.url}/v1/agents", json={"agent_config": agent_config}, timeout=60).json()["agent_id"]
         base = f"{self.url}/v1/agents/{agent}/session"
-        return f"{base}/{httpx.post(base, json={'session_name': 'x'}, timeout=30).json()['session_id']}"
+        return f"{base}/{httpx.post(base, json={'session_name': 'x'}, timeout=60).json()['session_id']}"
 
     def toolgroup(self, server: McpServer) -> str:
         """Registers an MCP server's tools; the toolgroup's id."""
@@ -151,7 +151,7 @@ class Fleet:
             "toolgroup_id": group,
             "mcp_endpoint": {"uri": server.url},
         }
-        httpx.post(f"{self.url}/v1/toolgroups", json=body, timeout=30).raise_for_status()
+        httpx.post(f"{self.url}/v1/toolgroups", json=body, timeout=60).raise_for_status()
         return group
 
     def execute(self, statement: str, **values: Any) -> None:
@@ -363,7 +363,7 @@ def test_revoke_terminate_cancels_the_one_turn(patient: Fleet, model: ScriptedMo
     patient.celery.control.revoke(patient.task(it), terminate=True, signal="SIGKILL")
     assert it.error()["code"] == "cancelled"
     assert it.status == "cancelled"
-    steps = [step["step_type"] for step in httpx.get(it.url, timeout=30).json()["steps"]]
+    steps = [step["step_type"] for step in httpx.get(it.url, timeout=60).json()["steps"]]
     assert steps == ["inference", "tool_execution"]
     wait_until(lambda: model.held(gate) == 1)
     assert patient.turn("SAY next", it.session).answer() == "next "
@@ -380,7 +380,7 @@ def test_a_task_that_is_revoked_before_it_starts_cancels_its_turn(
     """Its message still is in the queue: the worker that gets it drops it, and ends the turn."""
     patient.worker(pool)
     running = [patient.turn(f"HOLD {gate} | SAY done") for _ in range(3)]
-    model.wait_held(gate, 3, timeout=30)
+    model.wait_held(gate, 3, timeout=60)
     waiting = [patient.turn("SAY never") for _ in range(2)]
     wait_until(lambda: patient.redis.llen(QUEUE) == 2)
     tasks = [json.loads(message)["headers"]["id"] for message in patient.redis.lrange(QUEUE, 0, -1)]
@@ -404,16 +404,16 @@ def test_flower_terminates_one_turn(patient: Fleet, model: ScriptedModel, gate: 
         turns = [patient.turn(f"PART a | HOLD {gate} | SAY done") for _ in range(2)]
         model.wait_held(gate, 2)
         tasks = [patient.task(turn) for turn in turns]
-        answer = httpx.post(f"{api}/revoke/{tasks[0]}?terminate=true", timeout=30)
+        answer = httpx.post(f"{api}/revoke/{tasks[0]}?terminate=true", timeout=60)
         assert answer.is_success, answer.text
-        httpx.post(f"{turns[1].url}/cancel", timeout=30)
+        httpx.post(f"{turns[1].url}/cancel", timeout=60)
         assert [turn.error()["code"] for turn in turns] == ["cancelled", "cancelled"]
         wait_until(lambda: {state(f"{api}/info/{task}") for task in tasks} == {"REVOKED"})
 
 
 def state(info: str) -> str:
     """Of a task, as Flower's API knows it."""
-    answer = httpx.get(info, timeout=30)
+    answer = httpx.get(info, timeout=60)
     return str(answer.json()["state"]) if answer.is_success else "unknown"
 
 
@@ -431,7 +431,7 @@ def is_alone(pid: int, worker: Process) -> bool:
     return process.ppid() == worker.pid and "tasks.alone" in process.cmdline()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("pool", ["turn-pool"], indirect=True)
 def test_a_turn_that_crashes_its_worker_each_time_takes_nobody_with_it(
     hasty: Fleet, model: ScriptedModel, gate: str, pool: str
@@ -486,7 +486,7 @@ def test_with_one_loss_allowed_the_first_one_fails_the_turn(
 
 
 @pytest.mark.parametrize("pool", ["turn-pool"], indirect=True)
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.thorough
 class TestAProcessOfItsOwn:
     """For a turn that has lost two workers."""

@@ -6,7 +6,6 @@ process, started as README shows.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -28,11 +27,7 @@ ROOT = Path(__file__).parents[2]
 TURN_POOL = ("-P", "custom", "--autoscale=500,10")
 PREFORK = ("--autoscale=8,2",)
 READY_SECONDS = 120
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+LAUNCH = ROOT / "app" / "local" / "launch.py"
 
 
 class Process:
@@ -61,15 +56,15 @@ class Process:
 
     def start(self) -> None:
         self._from = self.log.stat().st_size if self.log.exists() else 0
+        dies_with_this = (sys.executable, "-S", "-E", str(LAUNCH), str(os.getpid()), str(int(signal.SIGKILL)), "")
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                self.command,
+                [*dies_with_this, *self.command],
                 cwd=ROOT,
                 env=self.env,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def output(self) -> str:
@@ -96,10 +91,11 @@ class Process:
 
     def kill_all(self) -> None:
         """SIGKILL for the process and all its children at once."""
-        if self._process is not None:
+        process = self._process  # a keeper may start the next as soon as this has ended
+        if process is not None:
             kill(self._descendants())
-            self._process.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()
 
     def children(self) -> list[int]:
         return [child.pid for child in self._descendants()]

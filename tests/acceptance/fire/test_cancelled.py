@@ -15,7 +15,7 @@ from tests.support.scripted_model import ScriptedModel
 
 
 def cancel(session: Session, turn_id: str) -> str:
-    answer = httpx.post(f"{session.url}/turn/{turn_id}/cancel", timeout=30)
+    answer = httpx.post(f"{session.url}/turn/{turn_id}/cancel", timeout=60)
     assert answer.status_code in (200, 202), answer.text
     return str(answer.json()["status"])
 

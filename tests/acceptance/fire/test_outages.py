@@ -81,7 +81,7 @@ def test_a_redis_that_hangs_loses_nothing(system: System, fire_valkey: Valkey, m
         print(f"hang: 5 turns accepted after {time.monotonic() - stopped_at:.2f} s")
         model.wait_held(gate, timeout=PATIENCE_SECONDS)
         model.release(gate)
-        wait_until(lambda: time.monotonic() > stopped_at + 10, 15)
+        wait_until(lambda: time.monotonic() > stopped_at + 10, 60)
     finally:
         os.kill(fire_valkey.pid, signal.SIGCONT)
     print(f"hang: the next turn's first event after {time_to_first_event(system):.2f} s")

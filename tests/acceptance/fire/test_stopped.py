@@ -41,7 +41,7 @@ def test_a_stopped_worker_that_goes_on_changes_nothing(system: System, model: Sc
     stopped_at = time.monotonic()
     overdue = "UPDATE turns SET deadline_at = clock_timestamp() WHERE turn_id = :turn_id"
     system.execute(overdue, turn_id=streams["overdue"].turn_id)
-    assert httpx.delete(sessions["deleted"].url, timeout=30).status_code in (200, 204)
+    assert httpx.delete(sessions["deleted"].url, timeout=60).status_code in (200, 204)
     system.consume("b")
     model.release(gate)
     turn = check_turn(sessions["taken"], streams["taken"])

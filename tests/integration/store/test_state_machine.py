@@ -294,7 +294,7 @@ class TurnLife(RuleBasedStateMachine):
                 self.seeds.cancel(turn.turn_id)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_turns_life_is_the_models(seeds: Seeds) -> None:
     """Twenty random lives of up to forty events each, the same in every run."""
     TurnLife.seeds = seeds

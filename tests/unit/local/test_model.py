@@ -73,7 +73,13 @@ def test_a_named_tool_is_the_one_that_is_called(client: OpenAI) -> None:
 
 
 def test_a_call_streams_as_openais_do(client: OpenAI) -> None:
-    given: Any = {"model": MODEL_ID, "messages": [QUESTION], "tools": TOOLS, "tool_choice": "required"}
+    given: Any = {
+        "model": MODEL_ID,
+        "messages": [QUESTION],
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "temperature": 0,
+    }
     chunks = list(client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}))
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     assert deltas[0].role == "assistant"
@@ -92,7 +98,14 @@ def test_after_a_result_it_answers(client: OpenAI) -> None:
 
 
 def test_tools_that_are_not_to_be_called_are_not(client: OpenAI) -> None:
-    given: Any = {"model": MODEL_ID, "messages": [QUESTION], "tools": TOOLS, "tool_choice": "none", "max_tokens": 20}
+    given: Any = {
+        "model": MODEL_ID,
+        "messages": [QUESTION],
+        "tools": TOOLS,
+        "tool_choice": "none",
+        "max_tokens": 20,
+        "temperature": 0,
+    }
     deltas = [
         choice.delta for chunk in client.chat.completions.create(**given, stream=True) for choice in chunk.choices
     ]
