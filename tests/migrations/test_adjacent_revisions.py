@@ -245,6 +245,7 @@ def test_a_migration_notes_what_it_follows(url: str, engine: Engine, caplog: pyt
         connection.execute(text("COMMENT ON TABLE alembic_version IS NULL"))
     with caplog.at_level(logging.WARNING):
         migrate.upgrade(url)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record for record in warned if record.name != "asyncio"] == []  # of what other tests have left
     with engine.connect() as connection:
         assert connection.scalar(migrate._NOTE) == f"follows revision {REVISIONS[-2]}"
