@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,9 +38,22 @@ SHARE_PROCESSES = (
 settings.register_profile("same", derandomize="RANDOMIZE" not in os.environ, database=None, deadline=None)
 settings.load_profile("same")
 
-_NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-# Each of the processes that run tests side by side has ports of its own, and none are those of `caravan up` under test.
-server.PORTS = range(10_000 + 1250 * _NUMBER, 10_000 + 1250 * (_NUMBER + 1))
+_HELD = socket.socket()
+
+
+def _own_ports() -> range:
+    """Of this process alone, of all that run tests on this machine: it holds the first. Whoever gets one listens there
+    only later; none are those of `caravan up` under test."""
+    for first in range(19_000, 9_000, -1000):
+        try:
+            _HELD.bind((server.HOST, first))
+        except OSError:
+            continue  # another's
+        return range(first + 1, first + 1000)
+    return range(10_000, 20_000)
+
+
+server.PORTS = _own_ports()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
