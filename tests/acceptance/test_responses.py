@@ -376,16 +376,16 @@ def test_what_is_not_stored_is_shown_to_nobody(sdk: Sdk, model: ScriptedModel) -
 
 def test_asked_twice(caravan: Caravan, model: ScriptedModel) -> None:
     """An Idempotency-Key, or a retry that an SDK announces, leads to the response that is there."""
-    with httpx.Client(base_url=caravan.url, timeout=60) as http:
-        key = uuid.uuid4().hex
-        body = {"model": MODEL, "input": f"SAY once {key}"}
-        given = [http.post("/v1/responses", json=body, headers={"Idempotency-Key": key}).json()["id"] for _ in "ab"]
+    with httpx.Client(base_url=caravan.url, timeout=30) as http:
+        key = {"Idempotency-Key": uuid.uuid4().hex}
+        body = {"model": MODEL, "input": f"SAY once {uuid.uuid4().hex}"}
+        given = [http.post("/v1/responses", json=body, headers=key).json()["id"] for _ in "ab"]
         assert given[0] == given[1]
         again = http.post("/v1/responses", json=body, headers={"x-stainless-retry-count": "1"}).json()["id"]
         assert again == given[0]
         assert http.post("/v1/responses", json=body).json()["id"] != given[0]
         other = {"model": MODEL, "input": "SAY other"}
-        assert http.post("/v1/responses", json=other, headers={"Idempotency-Key": key}).status_code == 422
+        assert http.post("/v1/responses", json=other, headers=key).status_code == 422
 
 
 def test_lists(sdk: Sdk, caravan: Caravan, model: ScriptedModel) -> None:
