@@ -25,6 +25,12 @@ class Caravan:
     worker: CeleryTestWorker
 
 
+def queue(environment: dict[str, str], number: int) -> str:
+    """The URL of a database of the common Redis. Who has a Postgres database of his own needs one: `caravan`, which may
+    run beside him, would take his doorbells, and find no such turns."""
+    return f"{environment['REDIS_URL'].rpartition('/')[0]}/{number}"
+
+
 @pytest.fixture(scope="package", params=["turn-pool", "prefork"])
 def caravan(
     request: pytest.FixtureRequest, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
@@ -53,7 +59,7 @@ def client(caravan: Caravan) -> Iterator[LlamaStackClient]:
 
 @pytest.fixture
 def http(caravan: Caravan) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=caravan.url, timeout=30) as plain:
+    with httpx.Client(base_url=caravan.url, timeout=60) as plain:
         yield plain
 
 

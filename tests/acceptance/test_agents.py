@@ -69,7 +69,7 @@ def test_deleting_an_agent_ends_the_streams_of_its_turns(make_agent: AgentMaker,
         "POST",
         str(agent.client.base_url).rstrip("/") + agent.path + "/turn",
         json={"messages": [{"role": "user", "content": "PART one two | HANG"}], "stream": True},
-        timeout=30,
+        timeout=60,
     ) as stream:
         lines = stream.iter_lines()
         assert any("two" in line for line in lines)
@@ -187,7 +187,7 @@ def test_clients_of_any_version_are_let_in(caravan: Caravan, version: str) -> No
     """No 426, on our routes and on the Llama Stack's."""
     headers = {"x-llamastack-client-version": version}
     for path in ("/v1/agents", "/v1/models"):
-        assert httpx.get(caravan.url + path, headers=headers).status_code == 200
+        assert httpx.get(caravan.url + path, headers=headers, timeout=60).status_code == 200
 
 
 def test_models_have_exactly_the_configured_ids(client: LlamaStackClient) -> None:

@@ -69,10 +69,10 @@ def test_500_turns_in_one_worker(
     async def run_all() -> list[str]:
         # No connection is used again: the server may be closing it at that moment, and a POST is not repeated.
         limits = httpx.Limits(max_connections=TURNS, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=caravan.url, timeout=120, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=caravan.url, timeout=240, limits=limits) as client:
             running = asyncio.gather(*(run(client) for _ in range(TURNS)))
             counting = asyncio.create_task(keep_counting())
-            await asyncio.to_thread(model.wait_held, gate, TURNS, timeout=90)
+            await asyncio.to_thread(model.wait_held, gate, TURNS, timeout=180)
             model.release(gate)
             answers = await running
             counting.cancel()

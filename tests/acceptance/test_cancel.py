@@ -75,7 +75,7 @@ def test_a_running_turn_is_cancelled(
     turn = newest(http, agent.path)
     assert cancelled(http, turn) == "cancelled"
     wait_until(lambda: model.open_streams() == 0)
-    assert last_event(posted.result(30).content)["error"]["code"] == "cancelled"
+    assert last_event(posted.result(60).content)["error"]["code"] == "cancelled"
     stored = http.get(turn)
     assert stored.headers["x-turn-status"] == "cancelled"
     assert [step["step_type"] for step in stored.json()["steps"]] == ["inference", "tool_execution"]
@@ -103,7 +103,7 @@ def test_a_cancel_that_was_not_recorded_is_no_202(
         cursor.execute(row, [turn.rpartition("/")[2]])
         assert cursor.fetchone() == (None,)
     assert cancelled(http, turn) == "cancelled"
-    assert last_event(posted.result(30).content)["error"]["code"] == "cancelled"
+    assert last_event(posted.result(60).content)["error"]["code"] == "cancelled"
 
 
 def test_a_queued_turn_is_cancelled(
@@ -116,9 +116,9 @@ def test_a_queued_turn_is_cancelled(
     second = posting(f"{caravan.url}{agent.path}/turn", body("SAY two"))
     turn = newest(http, agent.path, 2)
     assert cancelled(http, turn) == "cancelled"
-    assert last_event(second.result(30).content)["error"]["code"] == "cancelled"
+    assert last_event(second.result(60).content)["error"]["code"] == "cancelled"
     model.release(gate)
-    assert last_event(first.result(30).content)["event"]["payload"]["event_type"] == "turn_complete"
+    assert last_event(first.result(60).content)["event"]["payload"]["event_type"] == "turn_complete"
 
 
 def test_a_turn_that_awaits_input_is_cancelled(make_agent: AgentMaker, http: httpx.Client) -> None:
@@ -147,11 +147,11 @@ def test_an_operator_cancels_a_turn(
     def command() -> str:
         program = [sys.executable, "-c", "from app.cli import main; main()", "turns", "cancel", turn.rpartition("/")[2]]
         env = {**os.environ, **caravan.env}
-        ran = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
+        ran = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=True)
         return ran.stdout
 
     assert "its worker is asked to cancel it" in command()
-    assert last_event(posted.result(30).content)["error"]["code"] == "cancelled"
+    assert last_event(posted.result(60).content)["error"]["code"] == "cancelled"
     assert "had ended before: it is cancelled" in command()
 
 
@@ -183,16 +183,16 @@ def test_cancels_that_race_with_the_end_agree_with_it(
         together = threading.Barrier(len(agents) + 1)
 
         def race(turn: str, together: threading.Barrier = together) -> str:
-            together.wait(30)
+            together.wait(60)
             return cancelled(http, turn)
 
         with ThreadPoolExecutor(len(agents)) as pool:
             racing = [pool.submit(race, turn) for turn in turns]
-            together.wait(30)
+            together.wait(60)
             model.release(gate)
             said = [one.result(60) for one in racing]
         for turn, status, stream in zip(turns, said, posted, strict=True):
-            raw = stream.result(30).content
+            raw = stream.result(60).content
             assert http.get(turn).headers["x-turn-status"] == status
             assert ("cancelled" if "error" in last_event(raw) else "completed") == status
             assert http.get(f"{turn}/events").content.replace(b": ping\n", b"") == raw.replace(b": ping\n", b"")
@@ -221,7 +221,7 @@ def test_reject_and_interrupt(
     assert len(http.get(agent.path).json()["turns"]) == 1
     answer = http.post(path, json=body("SAY two", multitask_strategy="interrupt"))
     assert last_event(answer.content)["event"]["payload"]["turn"]["output_message"]["content"] == "two "
-    assert last_event(first.result(30).content)["error"]["code"] == "cancelled"
+    assert last_event(first.result(60).content)["error"]["code"] == "cancelled"
 
 
 def test_turns_posted_at_once_run_one_at_a_time_in_order(
@@ -252,7 +252,7 @@ def test_the_same_key_at_once_is_one_turn_with_one_stream(
     assert len({answer.headers["x-turn-id"] for answer in answers}) == 1
     assert len({answer.content.replace(b": ping\n", b"") for answer in answers}) == 1
     late = http.post(f"{agent.path}/turn", json=body("CHUNKS 10 20"), headers={"Idempotency-Key": key})
-    assert late.content == answers[0].content
+    assert late.content.replace(b": ping\n", b"") == answers[0].content.replace(b": ping\n", b"")
     other = http.post(f"{agent.path}/turn", json=body("SAY other"), headers={"Idempotency-Key": key})
     assert other.status_code == 422
     assert "Idempotency-Key" in other.json()["detail"]
@@ -274,7 +274,8 @@ def test_a_resume_with_the_same_key_is_one_leg(make_agent: AgentMaker, http: htt
     path = f"{agent.path}/turn/{asked.turn_id}/resume"
     first = http.post(path, json=answer, headers=key)
     assert last_event(first.content)["event"]["payload"]["event_type"] == "turn_complete"
-    assert http.post(path, json=answer, headers=key).content == first.content
+    again = http.post(path, json=answer, headers=key).content
+    assert again.replace(b": ping\n", b"") == first.content.replace(b": ping\n", b"")
     assert http.post(path, json=answer).status_code == 409
 
 
@@ -284,7 +285,7 @@ def test_an_sdk_retry_without_a_key_finds_its_turn(make_agent: AgentMaker, http:
     first = http.post(f"{agent.path}/turn", json=body("SAY once"), headers={"x-stainless-retry-count": "0"})
     retry = http.post(f"{agent.path}/turn", json=body("SAY once"), headers={"x-stainless-retry-count": "1"})
     assert retry.headers["x-turn-id"] == first.headers["x-turn-id"]
-    assert retry.content == first.content
+    assert retry.content.replace(b": ping\n", b"") == first.content.replace(b": ping\n", b"")
     again = http.post(f"{agent.path}/turn", json=body("SAY once"))
     assert again.headers["x-turn-id"] != first.headers["x-turn-id"]
 
@@ -308,5 +309,5 @@ def test_leaving_and_cancelling_differ(
 
     threading.Thread(target=follow).start()
     assert cancelled(http, turn) == "cancelled"
-    assert done.wait(30)
+    assert done.wait(60)
     wait_until(lambda: model.open_streams() == 0)

@@ -23,6 +23,7 @@ import pytest
 from llama_stack_client import LlamaStackClient
 
 from app.local.valkey import Valkey
+from tests.acceptance.test_cancel import cancelled
 from tests.support import wait_until
 from tests.support.nodes import PREFORK, TURN_POOL, Process, web_process, worker_process
 from tests.support.scripted_model import ScriptedModel
@@ -66,8 +67,18 @@ class System:
         agent_id = self.sdk.alpha.agents.create(agent_config=config).agent_id
         return Agent(self, agent_id, self.sdk.alpha.agents.session.create(agent_id, session_name="s").session_id)
 
+    def code(self) -> psutil.Process:
+        """The process that runs code for this worker, once there is one."""
+        found: list[psutil.Process] = []
+
+        def one() -> bool:
+            found[:] = self.codes()
+            return len(found) == 1
+
+        wait_until(one)
+        return found[0]
+
     def codes(self) -> list[psutil.Process]:
-        """The processes that run code for this worker."""
         found = []
         with suppress(psutil.Error):
             for process in psutil.Process(self.worker.pid).children(recursive=True):
@@ -101,7 +112,7 @@ class Agent:
         return self.system._posting.submit(self.turn, script)
 
     def turns(self) -> list[Any]:
-        turns: list[Any] = httpx.get(self.system.url + self.path).json()["turns"]
+        turns: list[Any] = httpx.get(self.system.url + self.path, timeout=60).json()["turns"]
         return turns
 
 
@@ -176,17 +187,23 @@ def test_a_plot_is_an_attachment_that_the_client_fetches(system: System, agent: 
     assert fetched.headers["content-type"] == "image/png"
     assert fetched.headers["x-content-type-options"] == "nosniff"
     assert fetched.headers["content-disposition"] == "attachment"
-    assert httpx.get(urljoin(system.url, drawing.content.uri)).headers["content-type"] == "application/octet-stream"
+    assert (
+        httpx.get(urljoin(system.url, drawing.content.uri), timeout=60).headers["content-type"]
+        == "application/octet-stream"
+    )
 
 
 def test_what_is_no_attachment_is_not_found(system: System, agent: Agent) -> None:
     turn = agent.turn(f"{call('open("ü .txt", "w").write("x")')} | SAY done")
     [made] = turn.output_attachments
-    assert httpx.get(system.url + made.content.uri).text == "x"
+    assert httpx.get(system.url + made.content.uri, timeout=60).text == "x"
     path = f"{system.url}{agent.path}/turn/{turn.turn_id}/attachments"
     for name in ("other.txt", "%00", "..%2Fx"):
-        assert httpx.get(f"{path}/{name}").status_code == 404
-    assert httpx.get(f"{system.url}{agent.path}/turn/{agent.session_id}/attachments/%C3%BC%20.txt").status_code == 404
+        assert httpx.get(f"{path}/{name}", timeout=60).status_code == 404
+    assert (
+        httpx.get(f"{system.url}{agent.path}/turn/{agent.session_id}/attachments/%C3%BC%20.txt", timeout=60).status_code
+        == 404
+    )
 
 
 def test_calls_of_one_message_run_in_order(agent: Agent) -> None:
@@ -208,13 +225,12 @@ def test_errors_are_told_and_the_turn_goes_on(agent: Agent) -> None:
 
 def test_cancelling_a_turn_kills_its_code(system: System, agent: Agent) -> None:
     running = agent.begin(f"{call('import time; open("left", "w"); time.sleep(600)')} | SAY done")
-    wait_until(lambda: len(system.codes()) == 1, 30)
-    [code] = system.codes()
-    turn_id = agent.turns()[0]["turn_id"]
-    assert httpx.post(f"{system.url}{agent.path}/turn/{turn_id}/cancel").json()["status"] == "cancelled"
+    code = system.code()
+    with httpx.Client(base_url=system.url, timeout=60) as http:
+        assert cancelled(http, f"{agent.path}/turn/{agent.turns()[0]['turn_id']}") == "cancelled"
     wait_until(lambda: not code.is_running())
     with pytest.raises(AssertionError, match="cancelled"):
-        running.result(30)
+        running.result(60)
     assert results(agent.turn(f"{call('import os; os.listdir()')} | SAY done")) == [
         "completed\n[stdout]\n[]\n[/stdout]"
     ]
@@ -227,8 +243,7 @@ def test_the_folder_and_the_call_outlive_the_worker(system: System, agent: Agent
     agent.turn(f"{call('open("log", "w").write("earlier ")')} | SAY done")
     slow = call("import time\nopen('log', 'a').write('again ')\ntime.sleep(3)\nopen('log').read()")
     running = agent.begin(f"{slow} | {call('open("log").read()')} | SAY done")
-    wait_until(lambda: len(system.codes()) == 1, 30)
-    [code] = system.codes()
+    code = system.code()
     lost = system.worker
     if how == "killed":
         os.kill(lost.pid, signal.SIGKILL)
@@ -243,9 +258,9 @@ def test_the_folder_and_the_call_outlive_the_worker(system: System, agent: Agent
 
 
 def test_the_web_process_lists_the_tool_and_runs_nothing(system: System) -> None:
-    [tool] = httpx.get(f"{system.url}/v1/tools?toolgroup_id={GROUP}").json()["data"]
+    [tool] = httpx.get(f"{system.url}/v1/tools?toolgroup_id={GROUP}", timeout=60).json()["data"]
     assert (tool["name"], tool["input_schema"]["required"]) == ("code_interpreter", ["code"])
     body = {"tool_name": "code_interpreter", "kwargs": {"code": "1 + 1"}}
-    answer = httpx.post(f"{system.url}/v1/tool-runtime/invoke", json=body).json()
+    answer = httpx.post(f"{system.url}/v1/tool-runtime/invoke", json=body, timeout=60).json()
     assert answer["error_code"] == 1
     assert "in turns of agents only" in answer["error_message"]

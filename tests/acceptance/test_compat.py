@@ -41,7 +41,7 @@ class Sdk(httpx.Client):
     """What an SDK of a version sends, without the SDK."""
 
     def __init__(self, url: str, headers: dict[str, str]) -> None:
-        super().__init__(base_url=url, headers=headers, timeout=30)
+        super().__init__(base_url=url, headers=headers, timeout=60)
 
     def ok(self, method: str, path: str, **more: Any) -> Any:
         answer = self.request(method, path, **more)

@@ -230,23 +230,25 @@ def test_without_keys_this_machine_is_served_as_one_principal(keyless: int) -> N
 def test_without_keys_what_a_proxy_passes_on_is_refused(keyless: int, header: str) -> None:
     """Even if it claims to come from here: uvicorn was told to believe every such claim."""
     name, _, value = header.partition(": ")
-    answer = httpx.get(f"http://127.0.0.1:{keyless}/v1/agents", headers={name: value})
+    answer = httpx.get(f"http://127.0.0.1:{keyless}/v1/agents", headers={name: value}, timeout=60)
     assert refused_as_beyond(answer)
 
 
 def test_without_keys_requests_from_beyond_the_loopback_are_refused(keyless: int) -> None:
     for address in beyond_loopback():
         url = f"http://{address}:{keyless}"
-        assert refused_as_beyond(httpx.get(f"{url}/v1/agents"))
-        assert refused_as_beyond(httpx.get(f"{url}/v1/agents", headers={"Host": "localhost"}))
-        assert refused_as_beyond(httpx.get(f"{url}/v1/agents", headers={"Authorization": f"Bearer {ALICE}"}))
-        assert httpx.get(f"{url}/v1/health").status_code == 200
+        assert refused_as_beyond(httpx.get(f"{url}/v1/agents", timeout=60))
+        assert refused_as_beyond(httpx.get(f"{url}/v1/agents", headers={"Host": "localhost"}, timeout=60))
+        assert refused_as_beyond(
+            httpx.get(f"{url}/v1/agents", headers={"Authorization": f"Bearer {ALICE}"}, timeout=60)
+        )
+        assert httpx.get(f"{url}/v1/health", timeout=60).status_code == 200
 
 
 def test_without_keys_a_name_of_somewhere_else_is_refused(keyless: int) -> None:
     """DNS rebinding: a page's own name is made to lead here, so that the browser lets the page read the answers."""
     for host in ("page.example", f"page.example:{keyless}", "127.0.0.1.page.example"):
-        assert refused_as_beyond(httpx.get(f"http://127.0.0.1:{keyless}/v1/agents", headers={"Host": host}))
+        assert refused_as_beyond(httpx.get(f"http://127.0.0.1:{keyless}/v1/agents", headers={"Host": host}, timeout=60))
 
 
 def test_without_keys_a_unix_socket_is_served(
@@ -256,14 +258,16 @@ def test_without_keys_a_unix_socket_is_served(
     command = ["uvicorn", "app:main", "--uds", str(socket)]
     with Process("web", command, keyless_environment, tmp_path / "web.log", "Uvicorn running on"):
         wait_until(socket.exists)
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://anything") as client:
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://anything", timeout=60
+        ) as client:
             assert client.get("/v1/agents").status_code == 200
 
 
 def test_a_wrong_entry_is_one_line_without_its_text(keyless_environment: dict[str, str]) -> None:
     env = {**os.environ, **keyless_environment, "API_KEYS": f"{entry('alice', ALICE)},bob:{BOB}"}
     command = [sys.executable, "-m", "uvicorn", "app:main", "--port", str(free_port())]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert re.fullmatch(r"caravan: API_KEYS must be name:sha256 .*; entry 2 is none\n", done.stderr)
 
@@ -274,7 +278,7 @@ def test_a_wrong_entry_is_one_line_without_its_text(keyless_environment: dict[st
 def caravan(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from app.cli import main; main()", *arguments]
     env = {name: value for name, value in os.environ.items() if name != "CARAVAN_API_KEY"} | env
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_a_key_that_the_command_makes_is_accepted() -> None:
@@ -388,6 +392,9 @@ def belongings(house: House, mcp: McpServer, embedding: str) -> Belongings:
         ok(alice.get("/v1/tools", params={"toolgroup_id": group}))
         leave_file(house, session.split("/")[5], "alices.txt")
         shield = {"shield_id": "guard", "provider_id": "llama-guard", "provider_shield_id": "scripted"}
+        batches = f"/v1/vector_stores/{store}/file_batches"
+        batch_id = ok(alice.post(batches, json={"file_ids": [file_id]}))["id"]
+        wait_until(lambda: ok(alice.get(f"{batches}/{batch_id}"))["status"] != "in_progress")
         return Belongings(
             agent_id=session.split("/")[3],
             session_id=session.split("/")[5],
@@ -402,7 +409,7 @@ def belongings(house: House, mcp: McpServer, embedding: str) -> Belongings:
             shield_id=ok(alice.post("/v1/shields", json=shield))["identifier"],
             vector_store_id=store,
             file_id=file_id,
-            batch_id=ok(alice.post(f"/v1/vector_stores/{store}/file_batches", json={"file_ids": [file_id]}))["id"],
+            batch_id=batch_id,
             attachment_name="alices.txt",
         )
 

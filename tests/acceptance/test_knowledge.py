@@ -18,8 +18,9 @@ import pytest
 from llama_stack_client import LlamaStackClient
 from openai import OpenAI
 
+from tests.acceptance.conftest import queue
 from tests.acceptance.fire.system import Session, System
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import TURN_POOL
 from tests.support.scripted_model import DIMENSIONS, ScriptedModel
@@ -71,7 +72,7 @@ def running(
     env = {
         **environment,
         "DATABASE_URL": migrated_database("caravan_knowledge"),
-        "REDIS_URL": environment["REDIS_URL"].rpartition("/")[0] + "/5",
+        "REDIS_URL": queue(environment, 5),
         "EMBEDDING_URL": scripted_model.url,
         "EMBEDDING_MODEL": EMBEDDER,
         "EMBEDDING_DIMENSION": str(DIMENSIONS),
@@ -102,7 +103,7 @@ def sdk(system: System) -> Iterator[LlamaStackClient]:
 
 
 def call(system: System, method: str, path: str, web: int = 0, **more: Any) -> httpx.Response:
-    return httpx.request(method, system.urls[web] + path, timeout=30, **more)
+    return httpx.request(method, system.urls[web] + path, timeout=60, **more)
 
 
 def database(system: System, web: int = 0, name: str | None = None) -> str:
@@ -327,7 +328,7 @@ def test_a_document_that_cannot_be_searched_fails_its_turn(system: System, given
     session = system.session(0, toolgroups=[RAG])
     code, message = failure(session, "SAY x", documents=[given])
     assert code in ("invalid_request", "model_error")
-    assert httpx.get(session.url).status_code == 200
+    assert httpx.get(session.url, timeout=60).status_code == 200
     assert re.search(why, message), message
     assert turn(session, "SAY on")["output_message"]["content"] == "on "
 
@@ -463,10 +464,10 @@ def test_a_worker_that_dies_costs_no_document_a_second_fetch(system: System, hos
     system.stop_consuming("b")
     given = [{"content": {"uri": f"http://{host}/once"}, "mime_type": "text/plain"}]
     stream = session.accepted(f"HOLD {gate} | {search()}", documents=given)
-    wait_until(lambda: model.held(gate), 30)
+    wait_until(lambda: model.held(gate))
     system.consume("b")
     system.workers["a"].kill_all()
-    stream.wait_attempt(2, 30)
+    stream.wait_attempt(2, PATIENCE_SECONDS)
     model.release(gate)
     done = stream.ended()[-1].payload["turn"]
     assert "camels drink once" in tool_said(done)

@@ -19,7 +19,7 @@ from llama_stack_client import LlamaStackClient
 
 from app.events.writer import SEGMENT_BYTES
 from app.identity.keys import entry, make_key
-from tests.acceptance.conftest import Agent, Caravan
+from tests.acceptance.conftest import Agent, Caravan, queue
 from tests.acceptance.test_turns import BOILING_POINT
 from tests.support import wait_until
 from tests.support.nodes import PREFORK, TURN_POOL, web_process, worker_node
@@ -35,7 +35,7 @@ LIMITS = {
     "REQUEST_MAX_BYTES": "5000",
     "API_KEYS": f"{entry('one', ONE)}, {entry('two', TWO)}",
 }
-SHORT_TIMES = {"MODEL_CALL_TIMEOUT_SECONDS": "3", "TURN_TIMEOUT_SECONDS": "6"}
+SHORT_TIMES = {"MODEL_CALL_TIMEOUT_SECONDS": "4", "TURN_TIMEOUT_SECONDS": "9"}
 """Of a worker of their own: other tests may take their time."""
 
 
@@ -48,7 +48,8 @@ def caravan(
 ) -> Iterator[Caravan]:
     """A system with small limits."""
     logs = tmp_path_factory.mktemp("limits")
-    env = {**environment, **LIMITS, "DATABASE_URL": migrated_database("caravan_limits")}
+    own = {"DATABASE_URL": migrated_database("caravan_limits"), "REDIS_URL": queue(environment, 2)}
+    env = {**environment, **LIMITS, **own}
     url, web = web_process(env, logs / "web.log")
     web.start()
     pool = TURN_POOL if request.param == "turn-pool" else PREFORK
@@ -99,14 +100,14 @@ def test_a_turn_that_says_too_much_fails(agent: Agent, http: httpx.Client) -> No
     assert agent.answer("SAY next") == "next "
 
 
-def test_redis_holds_a_bounded_part_of_a_running_turn(agent: Agent, http: httpx.Client, redis_url: str) -> None:
+def test_redis_holds_a_bounded_part_of_a_running_turn(agent: Agent, http: httpx.Client, caravan: Caravan) -> None:
     """A long step is recorded while it goes on: at no moment has Redis much more than a segment of it (here: three, on
     a busy machine; it says over four). Followers get it all."""
     parts, over, most = 6000, threading.Event(), [0]
-    body = {"messages": [{"role": "user", "content": f"PARTS {parts} 1 | SAY x"}], "stream": True}
+    body = {"messages": [{"role": "user", "content": f"PARTS {parts} 2 | SAY x"}], "stream": True}
 
     def sample(key: str) -> None:
-        with redis.Redis.from_url(redis_url) as server:
+        with redis.Redis.from_url(caravan.env["REDIS_URL"]) as server:
             while not over.wait(0.01):
                 most.append(int(server.memory_usage(key) or 0))
 
@@ -114,7 +115,7 @@ def test_redis_holds_a_bounded_part_of_a_running_turn(agent: Agent, http: httpx.
         sampling = thread.submit(sample, f"caravan:{{{stream.headers['x-turn-id']}}}:tail")
         lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
         over.set()
-        sampling.result(10)
+        sampling.result(60)
     assert "turn_complete" in lines[-1]
     assert sum('"step_progress"' in line for line in lines) == parts + 1
     print(f"{max(most)} bytes at most, in {len(most)} looks; {sum(map(len, lines))} were said")
@@ -148,7 +149,7 @@ def test_caps_are_429_with_retry_after(
         refuses(http.post(f"{other.path}/turn", json=holding.body), "MAX_TURNS_PER_PRINCIPAL")
         refuses(http.post(f"{asking.path}/turn/{asked.turn_id}/resume", json=resume), "MAX_TURNS_PER_PRINCIPAL")
         holding.post(anothers, TWO)
-        refused = httpx.post(f"{caravan.url}{anothers.path}/turn", json=holding.body, headers=bearer(TWO))
+        refused = httpx.post(f"{caravan.url}{anothers.path}/turn", json=holding.body, headers=bearer(TWO), timeout=60)
         refuses(refused, "(MAX_TURNS)")
         counts = [holding.turns(each, key) for each, key in ((agent, ONE), (other, ONE), (anothers, TWO))]
         assert counts == [2, 1, 1]
@@ -205,7 +206,7 @@ class Holding:
 
     def turns(self, agent: Agent, key: str) -> int:
         """How many the agent's session has."""
-        return len(httpx.get(f"{self._url}{agent.path}", headers=bearer(key), timeout=30).json()["turns"])
+        return len(httpx.get(f"{self._url}{agent.path}", headers=bearer(key), timeout=60).json()["turns"])
 
     def ended(self) -> list[int]:
         """The status of each answer."""

@@ -16,7 +16,7 @@ from tests.support import ROOT
 from tests.support.caravan_up import CARAVAN, up
 from tests.support.scripted_model import ScriptedModel
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
@@ -28,16 +28,20 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 
 def create_agent(url: str) -> str:
-    answer = httpx.post(f"{url}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "Be brief."}})
+    answer = httpx.post(
+        f"{url}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "Be brief."}}, timeout=60
+    )
     answer.raise_for_status()
     return str(answer.json()["agent_id"])
 
 
 def run_turn(url: str, agent_id: str) -> httpx.Response:
-    created = httpx.post(f"{url}/v1/agents/{agent_id}/session", json={"session_name": "s"}).raise_for_status()
+    created = httpx.post(
+        f"{url}/v1/agents/{agent_id}/session", json={"session_name": "s"}, timeout=60
+    ).raise_for_status()
     turn = {"messages": [{"role": "user", "content": "SAY from the caravan"}], "stream": False}
     path = f"{url}/v1/agents/{agent_id}/session/{created.json()['session_id']}/turn"
-    return httpx.post(path, json=turn, timeout=30).raise_for_status()
+    return httpx.post(path, json=turn, timeout=120).raise_for_status()
 
 
 def assert_finds_by_meaning(url: str) -> None:
@@ -60,7 +64,7 @@ def assert_finds_by_meaning(url: str) -> None:
 def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) -> None:
     with ScriptedModel() as model:
         with up(open_path / "data", f"--model-url={model.url}") as first:
-            assert httpx.get(f"{first.url}/v1/health").status_code == 200
+            assert httpx.get(f"{first.url}/v1/health", timeout=60).status_code == 200
             agent_id = create_agent(first.url)
             turn = run_turn(first.url, agent_id)
             assert turn.json()["output_message"]["content"].strip() == "from the caravan"
@@ -72,13 +76,13 @@ def test_up_serves_keeps_its_data_and_leaves_nothing_running(open_path: Path) ->
         made = sealing_key.read_text()
         assert stat.S_IMODE(sealing_key.stat().st_mode) == 0o600
         with up(open_path / "data", f"--model-url={model.url}", "--no-flower") as second:
-            assert httpx.get(f"{second.url}/v1/agents/{agent_id}").status_code == 200
+            assert httpx.get(f"{second.url}/v1/agents/{agent_id}", timeout=60).status_code == 200
             assert sealing_key.read_text() == made
             knowing = [_environment(child).get("SEALING_KEYS") == made for child in second.children]
             assert sum(knowing) >= 2, "web and worker have the key"
             second.process.kill()
             second.process.wait()
-            _, alive = psutil.wait_procs(second.children, timeout=30)
+            _, alive = psutil.wait_procs(second.children, timeout=60)
             assert [child for child in alive if child in second.left()] == []
 
 

@@ -12,7 +12,7 @@ from celery import Celery
 from llama_stack_client import LlamaStackClient
 from sqlalchemy import make_url
 
-from tests.acceptance.conftest import Agent
+from tests.acceptance.conftest import Agent, queue
 from tests.support.nodes import ROOT, TURN_POOL, web_process, worker_node
 from tests.support.scripted_model import ScriptedModel
 
@@ -48,6 +48,7 @@ def client(
     url = make_url(database)
     own = environment | {
         "DATABASE_URL": database,
+        "REDIS_URL": queue(environment, 3),
         "LLAMA_STACK_CONFIG": str(folder / "run.yaml"),
         "PYTHONPATH": str(folder),
         "INFERENCE_MODEL": "scripted",
@@ -73,7 +74,7 @@ def client(
 
 def test_a_provider_of_ones_own_is_listed_and_called(client: LlamaStackClient) -> None:
     """Beside MCP servers, in the run.yaml of the page."""
-    listed = httpx.get(client.base_url.join("/v1/tools"), params={"toolgroup_id": "mine::weather"}).json()
+    listed = httpx.get(client.base_url.join("/v1/tools"), params={"toolgroup_id": "mine::weather"}, timeout=60).json()
     assert [tool["name"] for tool in listed["data"]] == ["temperature"]
     agent = Agent(client, toolgroups=["mine::weather"])
     chunks = agent.turn('CALL temperature {"place": "Fez"}')

@@ -25,7 +25,7 @@ from app.local.postgres import Postgres
 from app.settings import sqlalchemy_url
 from app.store import Store
 from app.store.store import IDLE_SECONDS
-from tests.acceptance.conftest import AgentMaker, Caravan
+from tests.acceptance.conftest import AgentMaker, Caravan, queue
 from tests.acceptance.test_turns import BOILING_POINT
 from tests.conftest import create_database
 from tests.support import ROOT, wait_until
@@ -49,10 +49,9 @@ def pgbouncer(postgres: Postgres, server_directory: Path) -> Iterator[PgBouncer]
 @pytest.fixture(scope="module")
 def caravan(environment: dict[str, str], pgbouncer: PgBouncer, server_directory: Path) -> Iterator[Caravan]:
     """Migrated and run through PgBouncer alone, by two at once each: two web processes and a worker."""
-    queue = environment["REDIS_URL"].rpartition("/")[0] + "/8"
-    settings = environment | {"DATABASE_URL": pgbouncer.url, "REDIS_URL": queue}
+    settings = environment | {"DATABASE_URL": pgbouncer.url, "REDIS_URL": queue(environment, 8)}
     for migrating in [command(settings, "migrate") for _ in range(2)]:
-        output, _ = migrating.communicate(timeout=60)
+        output, _ = migrating.communicate(timeout=120)
         assert migrating.returncode == 0, output
     url, web = web_process(settings, server_directory / "pooled-web.log")
     _, other = web_process(settings, server_directory / "pooled-other.log")
@@ -158,7 +157,7 @@ def test_every_transaction_brings_its_limit(pgbouncer: PgBouncer) -> None:
 
     def limit(connection: Connection) -> Any:
         connection.execute(text("SELECT 1"))
-        met.wait(10)
+        met.wait(60)
         return connection.scalar(text("SHOW idle_in_transaction_session_timeout"))
 
     with (

@@ -26,7 +26,7 @@ def outcome(command: list[str], **settings: str) -> tuple[int, list[str]]:
         env={**kept, **custom, **settings},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     return ended.returncode, [line for line in ended.stderr.splitlines() if line.startswith("caravan: ")]

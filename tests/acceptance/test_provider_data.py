@@ -4,6 +4,8 @@ are gone when the turn has ended. And the tools that need them: web search, and 
 from __future__ import annotations
 
 import base64
+import binascii
+import contextlib
 import json
 import re
 import uuid
@@ -64,7 +66,13 @@ class System:
 
     def kept(self) -> str:
         """All that Postgres, Redis and the logs have, as text."""
-        return "\n".join([*self._rows(), *map(repr, self._values()), *(log.read_text() for log in self.logs.iterdir())])
+        return "\n".join(
+            [
+                *self._rows(),
+                *map(repr, self._values()),
+                *(log.read_text(errors="replace") for log in self.logs.iterdir()),
+            ]
+        )
 
     def _rows(self) -> Iterator[str]:
         tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
@@ -85,9 +93,11 @@ class System:
             b"zset": lambda key: self.redis.zrange(key, 0, -1, withscores=True),
         }
         for key in self.redis.scan_iter():
-            value = readers[self.redis.type(key)](key)
+            value = readers.get(self.redis.type(key), repr)(key)  # b"none": it is gone
             yield key, value
-            yield [base64.b64decode(part + b"==") for part in re.findall(rb"[A-Za-z0-9+/]{40,}", repr(value).encode())]
+            for part in re.findall(rb"[A-Za-z0-9+/]{40,}", repr(value).encode()):
+                with contextlib.suppress(binascii.Error):  # it was none
+                    yield base64.b64decode(part + b"==")
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +287,10 @@ def test_a_tool_is_called_by_hand(system: System, search: SearchServer, mcp: Mcp
         assert [one["key"] for one in search.searches()] == ["tvly-of-the-user", OPERATORS_KEY]
         with pytest.raises(AuthenticationError):
             client.tool_runtime.invoke_tool(tool_name="no_such_tool", kwargs={})
-    assert httpx.get(f"{system.url}/v1/tools", params={"toolgroup_id": group}).status_code == 401
+    assert httpx.get(f"{system.url}/v1/tools", params={"toolgroup_id": group}, timeout=60).status_code == 401
     call = {"tool_name": "web_search", "kwargs": {"query": "camels"}}
     given = {HEADER: json.dumps({"tavily_search_api_key": "tvly-of-the-user"})}
-    refused = httpx.post(f"{system.without_sealing}/v1/tool-runtime/invoke", json=call, headers=given)
+    refused = httpx.post(f"{system.without_sealing}/v1/tool-runtime/invoke", json=call, headers=given, timeout=60)
     assert (refused.status_code, "SEALING_KEYS" in refused.text) == (400, True)
 
 
@@ -342,7 +352,7 @@ def test_an_mcp_server_that_goes_away(system: System, model: ScriptedModel) -> N
             mcp.kill()
             model.wait_held("down")
             model.release("down")
-            in_call, before_call = map(words, told(turn.result(30)))
+            in_call, before_call = map(words, told(turn.result(60)))
         assert "whether the call had an effect is not known" in in_call
         assert "cannot be reached" in before_call
         error = agent.turn("SAY never")[-1].error
@@ -396,7 +406,7 @@ def test_secrets_that_cannot_be_opened_fail_the_turn(system: System, model: Scri
 
 def test_another_key_does_not_make_another_request(system: System, search: SearchServer, model: ScriptedModel) -> None:
     """A token may have been renewed before a client tries again: the turn is the first one, with its key."""
-    with system.client() as client, httpx.Client(base_url=system.url, timeout=30) as http:
+    with system.client() as client, httpx.Client(base_url=system.url, timeout=60) as http:
         agent = Agent(client, toolgroups=SEARCH)
         message = {"role": "user", "content": f"{called('camels')} | SAY done"}
         tool = {"type": "mcp", "server_label": "s", "server_url": "http://127.0.0.1:1/mcp"}
@@ -417,7 +427,7 @@ def test_another_key_does_not_make_another_request(system: System, search: Searc
 
 def test_what_is_no_provider_data_is_refused(system: System) -> None:
     """Wherever it is read, by the name of the header; and where it cannot be sealed."""
-    with system.client() as client, httpx.Client(timeout=30) as http:
+    with system.client() as client, httpx.Client(timeout=60) as http:
         agent = Agent(client)
         turn = {"messages": [{"role": "user", "content": "SAY x"}]}
         response = {"model": "scripted", "input": "SAY x"}
@@ -439,10 +449,10 @@ def test_what_is_no_provider_data_is_refused(system: System) -> None:
 
 def _held(agent: Agent, posting: ThreadPoolExecutor, model: ScriptedModel, gate: str, then: str) -> str:
     """A turn that is running, and waits in the model; its id."""
-    before = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}").json()["turns"]}
+    before = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}", timeout=60).json()["turns"]}
     posting.submit(agent.turn, f"HOLD {gate} | {then}")
     model.wait_held(gate)
-    after = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}").json()["turns"]}
+    after = {turn["turn_id"] for turn in httpx.get(f"{agent.client.base_url}{agent.path}", timeout=60).json()["turns"]}
     [turn_id] = after - before
     return str(turn_id)
 
@@ -466,13 +476,13 @@ def test_secrets_are_gone_when_the_turn_has_ended(system: System, model: Scripte
         if way in ("completed", "failed"):
             model.release(gate)
         elif way.startswith("cancelled"):
-            httpx.post(f"{path}/turn/{turn_id}/cancel").raise_for_status()
+            httpx.post(f"{path}/turn/{turn_id}/cancel", timeout=60).raise_for_status()
         elif way in ("timed out", "waited"):
             system.run("UPDATE turns SET deadline_at = clock_timestamp() WHERE turn_id = :id", id=turn_id)
         elif way == "superseded":
             agent.turn("SAY next")
         else:
-            httpx.delete(path).raise_for_status()
+            httpx.delete(path, timeout=60).raise_for_status()
         wait_until(lambda: system.column(turn_id, "sealed") is None)
         ended = {"completed": "completed", "failed": "failed", "timed out": "failed", "waited": "failed"}
         assert system.column(turn_id, "status") in (ended.get(way, "cancelled"), None if way == "deleted" else "")
@@ -497,7 +507,7 @@ def test_a_secret_is_kept_nowhere(
         assert key not in kept
         assert TOKEN not in kept
         model.release("gate")
-        heard = turn.result(30)
+        heard = turn.result(60)
         assert HIDDEN in str(told(heard))
         failed = agent.turn(f"{called('LEAK')} | ERR 400 no")
         assert failed[-1].error["code"] == "model_error"

@@ -12,6 +12,7 @@ import pytest
 from llama_stack_client import BadRequestError, LlamaStackClient
 
 from tests.acceptance.conftest import Agent, AgentMaker, Caravan
+from tests.acceptance.test_cancel import cancelled
 from tests.support import wait_until
 from tests.support.scripted_model import ScriptedModel
 
@@ -175,8 +176,7 @@ def test_cancelling_stops_a_guard(shielded: Callable[..., Agent], model: Scripte
     body = {"messages": [{"role": "user", "content": f"SAY x\nGUARD User HOLD {gate}"}], "stream": True}
     with http.stream("POST", f"{agent.path}/turn", json=body) as stream:
         model.wait_held(gate)
-        ended = http.post(f"{agent.path}/turn/{stream.headers['x-turn-id']}/cancel")
-    assert ended.json()["status"] == "cancelled"
+        assert cancelled(http, f"{agent.path}/turn/{stream.headers['x-turn-id']}") == "cancelled"
     wait_until(lambda: model.requests()[0]["ended"] == "client_closed")
     assert asked(model) == [GUARD]
 

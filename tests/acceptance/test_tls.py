@@ -49,7 +49,7 @@ def test_a_turn_runs_over_tls_with_passwords(
                 assert worker.ready()
                 with LlamaStackClient(base_url=url, max_retries=0) as client:
                     assert Agent(client).answer("SAY all is encrypted") == "all is encrypted "
-                conversation = httpx.post(f"{url}/v1/conversations", json={}, timeout=30)
+                conversation = httpx.post(f"{url}/v1/conversations", json={}, timeout=60)
                 assert conversation.status_code == 200, "asyncpg"
         finally:
             worker.teardown()

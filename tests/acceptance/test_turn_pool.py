@@ -29,13 +29,13 @@ def test_one_process_runs_many_turns_at_once(
         session = http.post(f"/v1/agents/{agent.agent_id}/session", json={"session_name": str(number)}).json()
         body = {"messages": [{"role": "user", "content": f"HOLD {gate} | SAY answer {number}"}], "stream": False}
         path = f"/v1/agents/{agent.agent_id}/session/{session['session_id']}/turn"
-        answers[number] = httpx.post(caravan.url + path, json=body, timeout=60).json()["output_message"]["content"]
+        answers[number] = httpx.post(caravan.url + path, json=body, timeout=120).json()["output_message"]["content"]
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(TURNS)]
     for thread in threads:
         thread.start()
-    model.wait_held(gate, TURNS, timeout=60)
+    model.wait_held(gate, TURNS, timeout=120)
     model.release(gate)
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert answers == {number: f"answer {number} " for number in range(TURNS)}

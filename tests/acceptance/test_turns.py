@@ -262,7 +262,7 @@ def test_followers_join_a_running_turn(make_agent: AgentMaker, http: httpx.Clien
         follower.start()
     model.release(gate)
     for thread in (creating, *followers.values()):
-        thread.join(30)
+        thread.join(60)
     assert _blocks(heard["whole"]) == _blocks(heard["live"])
     assert _blocks(heard["rest"]) == _blocks(heard["live"])[2:]
 
@@ -290,7 +290,7 @@ def test_a_follower_behind_what_is_no_event_of_the_turn_is_refused(
     with http.stream("GET", events, params={"after": "1-99"}) as follower:
         assert follower.status_code == 200
         model.release(gate)
-        creating.join(30)
+        creating.join(60)
         assert _blocks(follower.read()) == []
 
 
@@ -357,7 +357,7 @@ def test_turns_of_a_session_run_in_order(make_agent: AgentMaker, http: httpx.Cli
     second.start()
     wait_until(lambda: len(http.get(agent.path).json()["turns"]) == 2)
     model.release(gate)
-    first.join(30)
-    second.join(30)
+    first.join(60)
+    second.join(60)
     assert b'\\"one \\"' in answers["two"] or b"one " in answers["two"]
     assert b"turn_complete" in answers["two"]

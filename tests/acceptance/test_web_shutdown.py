@@ -22,7 +22,7 @@ from tests.support.nodes import READY_SECONDS, TURN_POOL, Process, web_process, 
 from tests.support.scripted_model import ScriptedModel
 from tests.support.wire import Wire, events, last_id
 
-SOON = 15.0
+SOON = 60.0
 """Seconds within which a process that has nothing to wait for ends, on a busy machine."""
 LONG = 100.0
 """A grace that no test waits for."""
@@ -58,7 +58,7 @@ class Web:
     def __init__(self, url: str, process: Process) -> None:
         self.url = url
         self.process = process
-        with httpx.Client(base_url=url, timeout=30) as http:
+        with httpx.Client(base_url=url, timeout=60) as http:
             config = {"model": "scripted", "instructions": "x"}
             agent_id = http.post("/v1/agents", json={"agent_config": config}).json()["agent_id"]
             session = http.post(f"/v1/agents/{agent_id}/session", json={"session_name": "x"}).json()
@@ -104,8 +104,8 @@ def make_web(worker: dict[str, str], tmp_path: Path, model: ScriptedModel) -> It
 
 def test_a_turn_that_ends_within_the_grace_ends_its_stream(make_web: WebMaker, model: ScriptedModel) -> None:
     """Meanwhile turns are refused on connections that are open, other requests answered, new connections refused."""
-    web, gate = make_web(LONG), uuid.uuid4().hex
-    with web.post(f"PART a | HOLD {gate} | SAY b") as stream, httpx.Client(base_url=web.url) as http:
+    web, gate = make_web(LONG, "--timeout-keep-alive", "60"), uuid.uuid4().hex
+    with web.post(f"PART a | HOLD {gate} | SAY b") as stream, httpx.Client(base_url=web.url, timeout=60) as http:
         stream.wait_for(b'"text":"a "')
         turn = f"{web.session}/turn/{stream.header('x-turn-id')}"
         idle = [Wire(web.url, "GET", turn) for _ in range(4)]
@@ -142,7 +142,7 @@ def test_after_the_grace_streams_are_cut(make_web: WebMaker, model: ScriptedMode
         turn = f"{web.session}/turn/{stream.header('x-turn-id')}"
         with Wire(web.url, "GET", f"{turn}/events") as second:
             second.wait_for(b'"text":"a "')
-            wait_until(lambda: len(httpx.get(other.url + web.session).json()["turns"]) == 2)
+            wait_until(lambda: len(httpx.get(other.url + web.session, timeout=60).json()["turns"]) == 2)
             web.stop()
             second.wait_over()
         for wire in (stream, waiting):
@@ -159,7 +159,7 @@ def test_after_the_grace_streams_are_cut(make_web: WebMaker, model: ScriptedMode
         with Wire(other.url, "GET", f"{turn}/events") as whole:
             whole.wait_for(b"0\r\n\r\n")
         assert events(stream.body) + events(rest.body) == events(whole.body)
-        with httpx.Client(base_url=other.url) as http:
+        with httpx.Client(base_url=other.url, timeout=60) as http:
             shown = documented_client()(http, turn, last_id(stream.body))
             assert [json.dumps(each) for each in shown] == [json.dumps(each) for each in payloads(rest.body)]
 
@@ -180,7 +180,7 @@ def test_a_second_signal_ends_the_grace(make_web: WebMaker, second: int) -> None
 def test_an_idle_process_stops_at_once(make_web: WebMaker) -> None:
     """Also with connections that are kept alive."""
     web = make_web(LONG)
-    with httpx.Client(base_url=web.url) as http:
+    with httpx.Client(base_url=web.url, timeout=60) as http:
         assert http.get("/v1/health").is_success
         web.process.signal(signal.SIGTERM)
         assert "Application shutdown complete" in web.ended()

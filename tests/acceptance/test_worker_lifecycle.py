@@ -26,6 +26,7 @@ from sqlalchemy.engine import make_url
 
 from app.dispatch import QUEUE
 from app.local.server import free_port
+from tests.acceptance.conftest import queue
 from tests.support import wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import Process, web_process
@@ -38,7 +39,7 @@ PATIENT = {"LEASE_SECONDS": "60", "HEARTBEAT_SECONDS": "5", "UPKEEP_SECONDS": "6
 STREAM_SECONDS = 200.0
 ALONE_SECONDS = 100.0
 """A process of its own imports Llama Stack: 4 s of CPU, two of them at once, on a machine with other things to do."""
-SOON = 15.0
+SOON = 30.0
 """Far below what a lease or a round of upkeep takes then; usually it is some milliseconds."""
 
 
@@ -52,7 +53,7 @@ class Turn:
 
     @property
     def headers(self) -> httpx.Headers:
-        return httpx.get(self.url, timeout=30).headers
+        return httpx.get(self.url, timeout=60).headers
 
     @property
     def status(self) -> str:
@@ -134,13 +135,13 @@ class Fleet:
                 return answer.read().replace(b": ping\n", b"").strip()
 
         stream = self.threads.submit(post)
-        return Turn(self.url + accepted.result(30), session, stream)
+        return Turn(self.url + accepted.result(60), session, stream)
 
     def session(self, **config: Any) -> str:
         agent_config = {"model": "scripted", "instructions": "", **config}
-        agent = httpx.post(f"{self.url}/v1/agents", json={"agent_config": agent_config}, timeout=30).json()["agent_id"]
+        agent = httpx.post(f"{self.url}/v1/agents", json={"agent_config": agent_config}, timeout=60).json()["agent_id"]
         base = f"{self.url}/v1/agents/{agent}/session"
-        return f"{base}/{httpx.post(base, json={'session_name': 'x'}, timeout=30).json()['session_id']}"
+        return f"{base}/{httpx.post(base, json={'session_name': 'x'}, timeout=60).json()['session_id']}"
 
     def toolgroup(self, server: McpServer) -> str:
         """Registers an MCP server's tools; the toolgroup's id."""
@@ -150,7 +151,7 @@ class Fleet:
             "toolgroup_id": group,
             "mcp_endpoint": {"uri": server.url},
         }
-        httpx.post(f"{self.url}/v1/toolgroups", json=body, timeout=30).raise_for_status()
+        httpx.post(f"{self.url}/v1/toolgroups", json=body, timeout=60).raise_for_status()
         return group
 
     def execute(self, statement: str, **values: Any) -> None:
@@ -166,12 +167,15 @@ class Fleet:
     def task(self, turn: Turn) -> str:
         """The id of the task that runs a turn."""
 
-        def found() -> list[str]:
-            active = (self.celery.control.inspect(timeout=2).active() or {}).values()
-            return [task["id"] for tasks in active for task in tasks if task["args"] == [turn.id]]
+        found: list[str] = []
 
-        wait_until(found, 30)
-        return found()[0]
+        def look() -> list[str]:
+            active = (self.celery.control.inspect(timeout=2).active() or {}).values()
+            found.extend(task["id"] for tasks in active for task in tasks if task["args"] == [turn.id])
+            return found
+
+        wait_until(look)
+        return found[0]
 
 
 def fleet(env: dict[str, str], logs: Path) -> Iterator[Fleet]:
@@ -187,7 +191,7 @@ def fleet(env: dict[str, str], logs: Path) -> Iterator[Fleet]:
 def patient_web(
     environment: dict[str, str], migrated_database: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    redis_url = environment["REDIS_URL"].rpartition("/")[0] + "/4"
+    redis_url = queue(environment, 4)
     own = {"DATABASE_URL": migrated_database("caravan_patient"), "REDIS_URL": redis_url, **PATIENT}
     yield from fleet({**environment, **own}, tmp_path_factory.mktemp("patient"))
 
@@ -196,7 +200,7 @@ def patient_web(
 def hasty_web(
     environment: dict[str, str], migrated_database: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    redis_url = environment["REDIS_URL"].rpartition("/")[0] + "/5"
+    redis_url = queue(environment, 10)
     own = {"DATABASE_URL": migrated_database("caravan_hasty"), "REDIS_URL": redis_url}
     yield from fleet({**environment, **own}, tmp_path_factory.mktemp("hasty"))
 
@@ -223,7 +227,7 @@ def hasty(hasty_web: Fleet, model: ScriptedModel) -> Iterator[Fleet]:
 def strict_web(
     environment: dict[str, str], migrated_database: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    redis_url = environment["REDIS_URL"].rpartition("/")[0] + "/6"
+    redis_url = queue(environment, 6)
     own = {"DATABASE_URL": migrated_database("caravan_strict"), "REDIS_URL": redis_url, "MAX_WORKER_LOSSES": "1"}
     yield from fleet({**environment, **own}, tmp_path_factory.mktemp("strict"))
 
@@ -277,7 +281,7 @@ def test_a_stopping_worker_hands_over_at_the_end_of_the_step(
     patient.another_worker(pool)
     before = {turn.owner, longer.owner}
     stop(first)
-    wait_until(lambda: "draining: 1 " in first.output() or "draining: 2 " in first.output(), 30)
+    wait_until(lambda: "draining: 1 " in first.output() or "draining: 2 " in first.output())
     assert turn.status == "running"
     model.release(f"0-{gate}")
     wait_until(lambda: turn.owner not in before, SOON)
@@ -301,7 +305,7 @@ def test_at_the_drain_deadline_the_step_is_cut_off(
     patient.stop()
     first = patient.another_worker(pool, DRAIN_SECONDS="1")
     turn = patient.turn('CALL slow {"seconds": 600, "text": "x"}', toolgroups=[group])
-    wait_until(lambda: mcp_server.calls(), 30)
+    wait_until(lambda: mcp_server.calls())
     stop_by_signal(first)
     first.wait_ended()
     assert turn.status == "queued"
@@ -339,14 +343,14 @@ def test_a_child_that_is_told_to_exit_hands_its_turn_over_first(
     idle = set(worker.children()) - {busy}
     for child in (*idle, busy, busy):
         os.kill(child, signal.SIGTERM)
-    wait_until(lambda: not idle & set(worker.children()) and len(worker.children()) == 2, 30)
+    wait_until(lambda: not idle & set(worker.children()) and len(worker.children()) == 2)
     assert turn.status == "running"
     assert turn.owner == busy
     model.release(gate)
     assert turn.answer() == "done "
     assert turn.owner != busy
     assert patient.failures(turn) == 0
-    wait_until(lambda: not psutil.pid_exists(busy), 30)
+    wait_until(lambda: not psutil.pid_exists(busy))
     assert len(model.requests()) == 2
 
 
@@ -359,9 +363,9 @@ def test_revoke_terminate_cancels_the_one_turn(patient: Fleet, model: ScriptedMo
     patient.celery.control.revoke(patient.task(it), terminate=True, signal="SIGKILL")
     assert it.error()["code"] == "cancelled"
     assert it.status == "cancelled"
-    steps = [step["step_type"] for step in httpx.get(it.url, timeout=30).json()["steps"]]
+    steps = [step["step_type"] for step in httpx.get(it.url, timeout=60).json()["steps"]]
     assert steps == ["inference", "tool_execution"]
-    assert model.held(gate) == 1
+    wait_until(lambda: model.held(gate) == 1)
     assert patient.turn("SAY next", it.session).answer() == "next "
     model.release(gate)
     assert other.answer() == "a done "
@@ -376,12 +380,12 @@ def test_a_task_that_is_revoked_before_it_starts_cancels_its_turn(
     """Its message still is in the queue: the worker that gets it drops it, and ends the turn."""
     patient.worker(pool)
     running = [patient.turn(f"HOLD {gate} | SAY done") for _ in range(3)]
-    model.wait_held(gate, 3, timeout=30)
+    model.wait_held(gate, 3, timeout=60)
     waiting = [patient.turn("SAY never") for _ in range(2)]
     wait_until(lambda: patient.redis.llen(QUEUE) == 2)
     tasks = [json.loads(message)["headers"]["id"] for message in patient.redis.lrange(QUEUE, 0, -1)]
     for task, terminate in zip(tasks, (False, True), strict=True):
-        wait_until(partial(patient.celery.control.revoke, task, terminate=terminate, reply=True, timeout=5), 30)
+        wait_until(partial(patient.celery.control.revoke, task, terminate=terminate, reply=True, timeout=5))
     assert {turn.status for turn in waiting} == {"queued"}
     model.release(gate)
     assert [turn.error()["code"] for turn in waiting] == ["cancelled", "cancelled"]
@@ -400,16 +404,16 @@ def test_flower_terminates_one_turn(patient: Fleet, model: ScriptedModel, gate: 
         turns = [patient.turn(f"PART a | HOLD {gate} | SAY done") for _ in range(2)]
         model.wait_held(gate, 2)
         tasks = [patient.task(turn) for turn in turns]
-        answer = httpx.post(f"{api}/revoke/{tasks[0]}?terminate=true", timeout=30)
+        answer = httpx.post(f"{api}/revoke/{tasks[0]}?terminate=true", timeout=60)
         assert answer.is_success, answer.text
-        httpx.post(f"{turns[1].url}/cancel", timeout=30)
+        httpx.post(f"{turns[1].url}/cancel", timeout=60)
         assert [turn.error()["code"] for turn in turns] == ["cancelled", "cancelled"]
-        wait_until(lambda: {state(f"{api}/info/{task}") for task in tasks} == {"REVOKED"}, 30)
+        wait_until(lambda: {state(f"{api}/info/{task}") for task in tasks} == {"REVOKED"})
 
 
 def state(info: str) -> str:
     """Of a task, as Flower's API knows it."""
-    answer = httpx.get(info, timeout=30)
+    answer = httpx.get(info, timeout=60)
     return str(answer.json()["state"]) if answer.is_success else "unknown"
 
 
@@ -427,7 +431,7 @@ def is_alone(pid: int, worker: Process) -> bool:
     return process.ppid() == worker.pid and "tasks.alone" in process.cmdline()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("pool", ["turn-pool"], indirect=True)
 def test_a_turn_that_crashes_its_worker_each_time_takes_nobody_with_it(
     hasty: Fleet, model: ScriptedModel, gate: str, pool: str
@@ -437,15 +441,15 @@ def test_a_turn_that_crashes_its_worker_each_time_takes_nobody_with_it(
     evil = hasty.turn(f"PART a | HOLD evil-{gate} | SAY never")
     innocent = [hasty.turn(f"PART b | HOLD {gate} | SAY {number}") for number in range(2)]
     for _ in range(2):
-        model.wait_held(f"evil-{gate}", timeout=30)
-        model.wait_held(gate, 2, timeout=30)
+        model.wait_held(f"evil-{gate}", timeout=60)
+        model.wait_held(gate, 2)
         assert evil.owner == worker.pid
         worker.kill_all()
-        wait_until(lambda: model.held(gate) + model.held(f"evil-{gate}") == 0, 30)
+        wait_until(lambda: model.held(gate) + model.held(f"evil-{gate}") == 0)
         worker.start()
         worker.wait_ready()
     later = hasty.turn(f"PART c | HOLD {gate} | SAY later")
-    model.wait_held(gate, 1, timeout=30)
+    model.wait_held(gate, 1)
     model.release(gate)
     model.wait_held(f"evil-{gate}", timeout=ALONE_SECONDS)
     alone = evil.owner
@@ -462,7 +466,7 @@ def test_a_turn_that_crashes_its_worker_each_time_takes_nobody_with_it(
     assert len(owners) == 2
     assert worker.pid not in owners
     assert hasty.turn("SAY next", evil.session).answer() == "next "
-    wait_until(lambda: not worker.children(), 30)
+    wait_until(lambda: not worker.children())
 
 
 @pytest.mark.thorough
@@ -482,7 +486,7 @@ def test_with_one_loss_allowed_the_first_one_fails_the_turn(
 
 
 @pytest.mark.parametrize("pool", ["turn-pool"], indirect=True)
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.thorough
 class TestAProcessOfItsOwn:
     """For a turn that has lost two workers."""
@@ -503,7 +507,7 @@ class TestAProcessOfItsOwn:
         worker, turn = suspected
         hasty.celery.control.revoke(hasty.task(turn), terminate=True)
         assert turn.error()["code"] == "cancelled"
-        wait_until(lambda: not worker.children(), 30)
+        wait_until(lambda: not worker.children())
         assert "its own process" in worker.output()
 
     def test_it_hands_over_when_its_worker_stops(
@@ -527,7 +531,7 @@ class TestAProcessOfItsOwn:
         worker, turn = suspected
         alone = turn.owner
         worker.signal(signal.SIGKILL)
-        wait_until(lambda: not psutil.pid_exists(alone), 30)
+        wait_until(lambda: not psutil.pid_exists(alone))
         assert turn.status == "queued"
         assert hasty.failures(turn) == 2
         model.release(gate)

@@ -23,13 +23,6 @@ POSTGRES_ACCOUNT = "embedded_postgres"  # Postgres does not run as root; the acc
 LOG_TAIL_BYTES = 3000
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def accepts_connections(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
@@ -118,7 +111,7 @@ class Process:
 def start_redis(folder: Path, port: int) -> Process:
     command = [get_binary_path(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
     process = Process("redis", command, folder)
-    process.wait_until_listening(port, timeout=10)
+    process.wait_until_listening(port, timeout=60)
     return process
 
 
@@ -135,7 +128,7 @@ def start_postgres(folder: Path, port: int) -> Process:
     subprocess.run(initdb, user=account, check=True, capture_output=True)
     command: list[str | Path] = [binary("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
     process = Process("postgres", command, folder, account=account, stop_signal=signal.SIGINT)
-    wait_until(lambda: _answers(port), timeout=20, every=0.05)
+    wait_until(lambda: _answers(port), timeout=60, every=0.05)
     return process
 
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Self
 import yaml
 from sqlalchemy.engine import make_url
 
+from app.local.server import free_port
 from app.store import migrate
-from tests.benchmarks.processes import Process, create_database, free_port, start_postgres, start_redis
+from tests.benchmarks.processes import Process, create_database, start_postgres, start_redis
 from tests.support import ROOT
 
 START_SECONDS = 90.0

@@ -69,7 +69,7 @@ def running_system(database_url: str, folder: Path) -> Iterator[System]:
 def _register_embedding_model(url: str) -> None:
     model = {"model_id": EMBEDDING_MODEL, "model_type": "embedding", "provider_id": "model-server"}
     body = {**model, "metadata": {"embedding_dimension": DIMENSIONS}}
-    httpx.post(f"{url}/v1/models", json=body, timeout=30).raise_for_status()
+    httpx.post(f"{url}/v1/models", json=body, timeout=60).raise_for_status()
 
 
 def run_sdks(sdks: Sequence[Sdk], system: System) -> dict[str, Outcomes]:

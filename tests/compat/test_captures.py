@@ -34,7 +34,7 @@ class System:
         """Of a set of captures, or of `SDK_ROUTES`."""
         if name not in self._differences:
             headers = {"x-llamastack-client-version": VERSIONS.get(name, "0.3.5")}
-            with httpx.Client(base_url=self.url, headers=headers, timeout=30) as http:
+            with httpx.Client(base_url=self.url, headers=headers, timeout=60) as http:
                 self._differences[name] = self._unserved(http) if name == SDK_ROUTES else self._replay(name, http)
         return self._differences[name]
 
@@ -96,7 +96,7 @@ def system(
                 "provider_id": "model-context-protocol",
                 "mcp_endpoint": {"uri": mcp.url},
             }
-            httpx.post(f"{url}/v1/toolgroups", json=endpoint).raise_for_status()
+            httpx.post(f"{url}/v1/toolgroups", json=endpoint, timeout=60).raise_for_status()
             yield System(url, mcp.url)
     finally:
         worker.teardown()

@@ -59,7 +59,7 @@ class World:
     """
 
     def __init__(self, model_url: str, mcp: McpServer) -> None:
-        config = ModelServerConfig(url=model_url, models=["scripted"], timeout_seconds=10)
+        config = ModelServerConfig(url=model_url, models=["scripted"], timeout_seconds=60)
         self.inference = ModelServer(config)
         self.safety = Shields(LlamaGuard, self.inference)
         self.their_safety = Shields(LlamaGuardSafetyImpl, self.inference)

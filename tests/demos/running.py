@@ -75,7 +75,7 @@ def _run(url: str, command: Sequence[str], env: Mapping[str, str], folder: Path)
 
 
 def _turns_of_newest_agent(url: str) -> list[dict[str, Any]]:
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
         agent = http.get("/v1/agents", params={"limit": 1000}).raise_for_status().json()["data"][-1]["agent_id"]
         [session] = http.get(f"/v1/agents/{agent}/sessions").raise_for_status().json()["data"]
         path = f"/v1/agents/{agent}/session/{session['session_id']}"

@@ -40,7 +40,7 @@ async def server() -> OddServer:
 async def adapter(server: OddServer) -> AsyncIterator[ModelServer]:
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
-    asked = ModelServer(ModelServerConfig(url=url, models=[], timeout_seconds=5))
+    asked = ModelServer(ModelServerConfig(url=url, models=[], timeout_seconds=60))
     yield asked
     await asked.shutdown()
     listening.close()

@@ -214,7 +214,9 @@ def test_a_database_one_revision_ahead_serves_this_version(
     assert migrate.upgrade(url) == "next"
     base, web = web_process(environment | {"DATABASE_URL": url}, open_path / "web.log")
     with web:
-        created = httpx.post(f"{base}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "x"}})
+        created = httpx.post(
+            f"{base}/v1/agents", json={"agent_config": {"model": "scripted", "instructions": "x"}}, timeout=60
+        )
         assert created.status_code == 200
         lines = [line for line in web.output().splitlines() if "the database has revision" in line]
     assert len(lines) == 1
@@ -243,6 +245,7 @@ def test_a_migration_notes_what_it_follows(url: str, engine: Engine, caplog: pyt
         connection.execute(text("COMMENT ON TABLE alembic_version IS NULL"))
     with caplog.at_level(logging.WARNING):
         migrate.upgrade(url)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record for record in warned if record.name != "asyncio"] == []  # of what other tests have left
     with engine.connect() as connection:
         assert connection.scalar(migrate._NOTE) == f"follows revision {REVISIONS[-2]}"

@@ -114,6 +114,6 @@ def test_processes_that_start_together_migrate_one_after_the_other(url: str, eng
         _, problems = (
             process.communicate() if process.stdin is None else (b"", process.stderr.read() if process.stderr else b"")
         )
-        assert process.wait(30) == 0, problems.decode()
+        assert process.wait(60) == 0, problems.decode()
     with engine.connect() as connection:
         assert migrate.current(connection) == migrate.head()

@@ -25,10 +25,13 @@ from app.local.server import free_port
 
 ROOT = Path(__file__).parents[2]
 CONTROL_SECONDS = 60.0
+PATIENCE_SECONDS = 60.0
+"""For what takes no time on a quiet machine."""
+
 PR_SET_PDEATHSIG = 1
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0, every: float = 0.01) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = PATIENCE_SECONDS, every: float = 0.01) -> None:
     """Returns as soon as the condition holds; raises TimeoutError (seconds). It blocks: off the event loop, please."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -62,7 +62,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tests.support import ServerProcess, exit_with_parent, wait_until
+from tests.support import PATIENCE_SECONDS, ServerProcess, exit_with_parent, wait_until
 
 SECRET_NUMBER = 8_675_309
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -364,7 +364,7 @@ class McpServer(ServerProcess):
         """Lets every call that holds this name go on, now and until a reset; how many were waiting."""
         return int(self.control("POST", f"release/{name}"))
 
-    def wait_held(self, name: str, count: int = 1, timeout: float = 10.0) -> None:
+    def wait_held(self, name: str, count: int = 1, timeout: float = PATIENCE_SECONDS) -> None:
         """Waits, blocking, until so many calls hold this name (seconds)."""
         wait_until(lambda: int(self.control("GET", f"held/{name}")) >= count, timeout)
 

@@ -6,13 +6,13 @@ process, started as README shows.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,12 +26,8 @@ from tests.support import wait_until
 ROOT = Path(__file__).parents[2]
 TURN_POOL = ("-P", "custom", "--autoscale=500,10")
 PREFORK = ("--autoscale=8,2",)
-READY_SECONDS = 60
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+READY_SECONDS = 120
+LAUNCH = ROOT / "app" / "local" / "launch.py"
 
 
 class Process:
@@ -60,15 +56,15 @@ class Process:
 
     def start(self) -> None:
         self._from = self.log.stat().st_size if self.log.exists() else 0
+        dies_with_this = (sys.executable, "-S", "-E", str(LAUNCH), str(os.getpid()), str(int(signal.SIGKILL)), "")
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                self.command,
+                [*dies_with_this, *self.command],
                 cwd=ROOT,
                 env=self.env,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def output(self) -> str:
@@ -95,16 +91,21 @@ class Process:
 
     def kill_all(self) -> None:
         """SIGKILL for the process and all its children at once."""
-        if self._process is not None:
-            for process in [*psutil.Process(self.pid).children(recursive=True)] if self.running() else []:
-                process.kill()
-            self._process.kill()
-            self._process.wait()
+        process = self._process  # a keeper may start the next as soon as this has ended
+        if process is not None:
+            kill(self._descendants())
+            process.kill()
+            process.wait()
 
     def children(self) -> list[int]:
-        return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+        return [child.pid for child in self._descendants()]
 
-    def wait_ended(self, timeout: float = 30) -> int:
+    def _descendants(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):  # it may end, and be waited for, at any time
+            return psutil.Process(self.pid).children(recursive=True) if self.running() else []
+        return []
+
+    def wait_ended(self, timeout: float = 60) -> int:
         assert self._process is not None
         return self._process.wait(timeout)
 
@@ -112,16 +113,21 @@ class Process:
         """SIGTERM, then SIGKILL to all that is left."""
         if self._process is None or not self.running():
             return
-        children = psutil.Process(self.pid).children(recursive=True)
+        children = self._descendants()
         self._process.terminate()
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for child in children:
-            if child.is_running():
-                child.kill()
+        kill(children)
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Those that still are."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class ProcessContainer(CeleryTestContainer):

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Self
 
 from app.local.server import HOST, free_port
+from tests.support import PATIENCE_SECONDS
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CHUNK_BYTES = 65_536
-_CONTROL_SECONDS = 10
+_CONTROL_SECONDS = 60
 
 
 @dataclass(eq=False)
@@ -121,7 +122,7 @@ class TcpProxy:
 
         self._control(arm)
 
-    def wait_stalled(self, timeout: float = 10) -> None:
+    def wait_stalled(self, timeout: float = PATIENCE_SECONDS) -> None:
         """Returns when a pattern of `stall_at` was seen. Raises TimeoutError (seconds)."""
         if not self._stalled.wait(timeout):
             raise TimeoutError(f"nobody sent {self._stall_at!r} within {timeout} s")
@@ -136,7 +137,7 @@ class TcpProxy:
 
         self._control(arm)
 
-    def wait_lost(self, timeout: float = 10) -> None:
+    def wait_lost(self, timeout: float = PATIENCE_SECONDS) -> None:
         """Returns when one more reply was lost since the last call. Raises TimeoutError (seconds)."""
         if not self._lost.acquire(timeout=timeout):
             raise TimeoutError(f"no reply to {self._lose_after!r} was lost within {timeout} s")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 MIB = 2**20
 FILES_BYTES, OUTPUT_BYTES, PROCESSES = 4 * MIB, 4096, 16
 LIMITS: dict[str, Any] = {
-    "seconds": 10,
+    "seconds": 100,  # the code waits while anything else on the machine wants to run
     "memory_bytes": 512 * MIB,
     "processes": PROCESSES,
     "files_bytes": FILES_BYTES,

@@ -79,7 +79,7 @@ from urllib.parse import quote, unquote
 import httptools
 import uvloop
 
-from tests.support import ServerProcess, exit_with_parent, wait_until
+from tests.support import PATIENCE_SECONDS, ServerProcess, exit_with_parent, wait_until
 
 DIMENSIONS = 8
 UNICODE_PIECES = ("naïve ", "Ωmega ", "日本語 ", "🐫🚐 ", "👩‍👩‍👧 ", "line\u2028separator ", "e\u0301 ", "עברית ")
@@ -832,7 +832,7 @@ class ScriptedModel(ServerProcess):
         """How many streams wait at HOLD name."""
         return int(self.control("GET", f"held/{quote(name, safe='')}"))
 
-    def wait_held(self, name: str, count: int = 1, timeout: float = 10.0) -> None:
+    def wait_held(self, name: str, count: int = 1, timeout: float = PATIENCE_SECONDS) -> None:
         """Waits, blocking, until so many streams wait at HOLD name (seconds)."""
         wait_until(lambda: self.held(name) >= count, timeout)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 
 FINAL_CHUNK = b"0\r\n\r\n"
 
@@ -94,10 +94,10 @@ class Wire:
         """Whether the final chunk came."""
         return self.raw.endswith(FINAL_CHUNK)
 
-    def wait_for(self, text: bytes, timeout: float = 20) -> None:
+    def wait_for(self, text: bytes, timeout: float = PATIENCE_SECONDS) -> None:
         wait_until(lambda: text in self.raw, timeout)
 
-    def wait_over(self, timeout: float = 20) -> None:
+    def wait_over(self, timeout: float = PATIENCE_SECONDS) -> None:
         """Until the server has closed the connection."""
         assert self.over.wait(timeout), f"the connection is still open: {self.raw[-200:]!r}"
 

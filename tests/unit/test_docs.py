@@ -35,7 +35,7 @@ def _help(*command: str) -> str:
     environment = {"COLUMNS": "200", "PATH": "", "NO_COLOR": "1", "TERM": "dumb"}
     finished = subprocess.run(
         [sys.executable, "-c", program, *command, "--help"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     return finished.stdout
 

@@ -19,7 +19,7 @@ logging.getLogger("uvicorn.access").info("%s %d", "GET", 200)
 def lines(access_log: bool) -> tuple[list[str], str]:
     """(the messages on standard error, what is on standard output)"""
     program = PROGRAM.format(access_log=access_log)
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     return [json.loads(line)["message"] for line in ran.stderr.splitlines()], ran.stdout
 
 

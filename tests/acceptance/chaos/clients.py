@@ -17,7 +17,7 @@ from app.domain.events import EventId
 from tests.acceptance.fire.system import Heard
 
 LEG_ENDS = ("turn_complete", "turn_awaiting_input", "error")
-HUNG_SECONDS = 90.0
+HUNG_SECONDS = 180.0
 """A turn that nothing is heard of for so long, while the chaos is small, hangs."""
 
 RETRY_SECONDS = 0.2

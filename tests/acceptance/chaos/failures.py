@@ -17,8 +17,10 @@ from tests.support import wait_until
 from tests.support.nodes import Process
 
 LEASE = float(SHORT["LEASE_SECONDS"])
-CHANCE_SECONDS = 15.0
+CHANCE_SECONDS = 30.0
 """How long to wait for a turn that is just where the failure wants it."""
+
+COMPLETED = "SELECT count(*) AS n FROM turns WHERE status = 'completed'"
 
 
 @dataclass
@@ -55,6 +57,11 @@ class Chaos:
         """Kinds of failure that there was no chance for."""
         return [kind for kind in FAILURES if kind not in self.done]
 
+    def completed(self) -> int:
+        """Turns, of this run and of those before on the same fleet."""
+        (row,) = self.fleet.system.rows(COMPLETED)
+        return int(row["n"])
+
     # --- helpers ---
 
     def workers(self, *names: str) -> list[Process]:
@@ -67,17 +74,20 @@ class Chaos:
         return [pid for worker in self.workers("c") for pid in worker.children()]
 
     def drain(self, process: Process) -> bool:
-        self.draining.append((process, process.pid))
-        process.signal(signal.SIGTERM)
-        return True
+        pid = process.pid
+        with contextlib.suppress(ProcessLookupError):  # one that was told to end before has just done so
+            process.signal(signal.SIGTERM)
+            self.draining.append((process, pid))
+            return True
+        return False
 
     def wait_drained(self) -> None:
         """Until those that were told to end have done so, and were started again."""
         for process, pid in self.draining:
-            wait_until(lambda it=process, was=pid: it.running() and it.pid != was, 60)  # type: ignore[misc]
+            wait_until(lambda it=process, was=pid: it.running() and it.pid != was, 120)  # type: ignore[misc]
 
     def owned(self, pids: list[int]) -> dict[str, int]:
-        """The running turns of these processes; none if Postgres does not answer."""
+        """The running turns of these processes."""
         query = """SELECT turn_id::text AS turn_id, fence FROM turns JOIN workers USING (worker_id)
                    WHERE status = 'running' AND split_part(name, ':', 2)::int = ANY(:pids)"""
         return {row["turn_id"]: row["fence"] for row in self.fleet.system.rows(query, pids=pids)}
@@ -169,12 +179,14 @@ def kill_a_web_process(chaos: Chaos) -> bool:
 def stop_a_worker_beyond_its_lease(chaos: Chaos) -> bool:
     """SIGSTOP, until others have taken its turns; then it goes on."""
     for worker in chaos.workers(chaos.random.choice("ab")):
-        turns = chaos.owned([worker.pid])
-        worker.signal(signal.SIGSTOP)
-        chaos.kills.append((time.monotonic(), turns))
-        time.sleep(LEASE * 2)
-        worker.signal(signal.SIGCONT)
-        return True
+        pid = worker.pid
+        turns = chaos.owned([pid])
+        with contextlib.suppress(ProcessLookupError):  # one that was told to end before has just done so
+            os.kill(pid, signal.SIGSTOP)
+            chaos.kills.append((time.monotonic(), turns))
+            time.sleep(LEASE * 2)
+            os.kill(pid, signal.SIGCONT)
+            return True
     return False
 
 

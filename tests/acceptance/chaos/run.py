@@ -18,6 +18,7 @@ from tests.acceptance.chaos.failures import Chaos
 from tests.acceptance.chaos.fleet import Fleet, running_fleet
 from tests.acceptance.fire.system import Heard, Session, Stream
 from tests.support import wait_until
+from tests.support.nodes import READY_SECONDS
 
 ASK = {
     "name": "ask",
@@ -96,8 +97,7 @@ def run_on(fleet: Fleet, happens: Callable[[Chaos], None], *, seed: int, clients
         client.join(max(0.1, deadline - time.monotonic()))
     chaos.wait_drained()
     for process in fleet.processes:
-        wait_until(process.running, 30)
-        process.wait_ready()
+        wait_until(lambda it=process: it.running() and it.ready_prompt in it.output(), READY_SECONDS)  # type: ignore[misc]
     report.failures = dict(chaos.done)
     report.restarts = fleet.restarts
     report.hung = sum(client.is_alive() for client in made)

@@ -9,12 +9,11 @@ import pytest
 import redis
 
 from tests.acceptance.fire.system import (
-    PATIENCE_SECONDS,
     System,
     check_turn,
     requests_of,
 )
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.scripted_model import ScriptedModel
 
 TURNS = 5

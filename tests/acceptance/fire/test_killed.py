@@ -11,7 +11,6 @@ from collections.abc import Callable
 import pytest
 
 from tests.acceptance.fire.system import (
-    PATIENCE_SECONDS,
     Session,
     Stream,
     System,
@@ -20,7 +19,7 @@ from tests.acceptance.fire.system import (
     requests_of,
     steps_completed,
 )
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.proxy import TcpProxy
 from tests.support.scripted_model import ScriptedModel

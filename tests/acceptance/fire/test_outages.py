@@ -11,12 +11,12 @@ import pytest
 
 from app.local.valkey import Valkey
 from tests.acceptance.fire.system import (
-    PATIENCE_SECONDS,
     System,
+    blocks,
     check_turn,
     requests_of,
 )
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
@@ -81,7 +81,7 @@ def test_a_redis_that_hangs_loses_nothing(system: System, fire_valkey: Valkey, m
         print(f"hang: 5 turns accepted after {time.monotonic() - stopped_at:.2f} s")
         model.wait_held(gate, timeout=PATIENCE_SECONDS)
         model.release(gate)
-        wait_until(lambda: time.monotonic() > stopped_at + 10, 15)
+        wait_until(lambda: time.monotonic() > stopped_at + 10, 60)
     finally:
         os.kill(fire_valkey.pid, signal.SIGCONT)
     print(f"hang: the next turn's first event after {time_to_first_event(system):.2f} s")
@@ -109,7 +109,7 @@ def test_a_worker_and_redis_lost_at_once_cost_deltas(
     system.stop_consuming("b")
     stream = session.accepted(script)
     model.wait_held(gate, timeout=PATIENCE_SECONDS)
-    wait_until(lambda: b'"w4 "' in stream.heard[-1].block, PATIENCE_SECONDS)
+    wait_until(lambda: b'"w4 "' in b"".join(blocks(stream.heard[-1:])), PATIENCE_SECONDS)
     fire_valkey.kill()
     killed_at = time.monotonic()
     system.workers["a"].kill_all()

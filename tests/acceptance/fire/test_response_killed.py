@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from tests.acceptance.fire.system import PATIENCE_SECONDS, System, requests_of
-from tests.support import wait_until
+from tests.acceptance.fire.system import System, requests_of
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.scripted_model import ScriptedModel
 
@@ -112,7 +112,7 @@ def test_a_killed_worker_costs_a_step_of_a_response(system: System, model: Scrip
     told = json.loads(final["output"][-1]["content"][0]["text"])
     assert [message["role"] for message in told] == ["user", "assistant", "tool", "assistant", "tool"]
     elsewhere = f"{system.urls[1]}/v1/responses/{response_id}"
-    assert httpx.get(elsewhere).json() == final
+    assert httpx.get(elsewhere, timeout=60).json() == final
     assert Reader("GET", f"{elsewhere}?stream=true").ended() == heard
     after = heard[len(heard) // 2]["sequence_number"]
     assert Reader("GET", f"{elsewhere}?stream=true&starting_after={after}").ended() == heard[after + 1 :]

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from tests.acceptance.fire.system import PATIENCE_SECONDS, Session, System
+from tests.acceptance.fire.system import Session, System
 from tests.acceptance.test_turns import BOILING_POINT
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.scripted_model import ScriptedModel
 
 
@@ -22,7 +22,7 @@ def post(session: Session, script: str, **headers: str) -> httpx.Response:
 
 
 def turns(session: Session) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(session.url, timeout=30).json()["turns"]
+    found: list[dict[str, Any]] = httpx.get(session.url, timeout=60).json()["turns"]
     return found
 
 
@@ -71,6 +71,6 @@ def test_turns_queued_behind_one_that_awaits_input_wait_for_its_resume(system: S
     assert session.post("SAY third").ended()[-1].kind == "turn_complete"
     wait_until(lambda: session.status(asked["turn_id"]) == "cancelled", PATIENCE_SECONDS)
     refused = httpx.post(
-        f"{session.url}/turn/{asked['turn_id']}/resume", json={"tool_responses": [response]}, timeout=30
+        f"{session.url}/turn/{asked['turn_id']}/resume", json={"tool_responses": [response]}, timeout=60
     )
     assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")

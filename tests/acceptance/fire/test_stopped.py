@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 
 from tests.acceptance.fire.system import (
-    PATIENCE_SECONDS,
     Session,
     System,
     blocks,
@@ -19,7 +18,7 @@ from tests.acceptance.fire.system import (
     requests_of,
     signal_group,
 )
-from tests.support import wait_until
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.scripted_model import ScriptedModel
 
 
@@ -42,7 +41,7 @@ def test_a_stopped_worker_that_goes_on_changes_nothing(system: System, model: Sc
     stopped_at = time.monotonic()
     overdue = "UPDATE turns SET deadline_at = clock_timestamp() WHERE turn_id = :turn_id"
     system.execute(overdue, turn_id=streams["overdue"].turn_id)
-    assert httpx.delete(sessions["deleted"].url, timeout=30).status_code in (200, 204)
+    assert httpx.delete(sessions["deleted"].url, timeout=60).status_code in (200, 204)
     system.consume("b")
     model.release(gate)
     turn = check_turn(sessions["taken"], streams["taken"])

@@ -16,8 +16,8 @@ import redis
 
 from app.local.valkey import Valkey
 from app.store.tool_requests import KEEP_SECONDS
-from tests.acceptance.fire.system import PATIENCE_SECONDS, System
-from tests.support import wait_until
+from tests.acceptance.fire.system import System
+from tests.support import PATIENCE_SECONDS, wait_until
 from tests.support.mcp_server import McpServer
 from tests.support.nodes import web_process
 
@@ -57,7 +57,8 @@ def holder(system: System, key: str) -> str:
     wait_until(lambda: any(row["worker_id"] for row in waiting(system)), PATIENCE_SECONDS)
     rows = system.rows("SELECT name FROM workers JOIN tool_requests USING (worker_id)")
     pid = int(rows[0]["name"].rpartition(":")[2])
-    return next(name for name, worker in system.workers.items() if pid in (worker.pid, *worker.children()))
+    running = {name: worker for name, worker in system.workers.items() if worker.running()}
+    return next(name for name, worker in running.items() if pid in (worker.pid, *worker.children()))
 
 
 def test_tools_are_run_by_workers(system: System, mcp: McpServer, tool: str) -> None:
@@ -75,7 +76,7 @@ def test_what_is_wrong_with_a_request_is_told(system: System, tool: str) -> None
     url = f"{system.urls[0]}/v1/tool-runtime"
     for name in system.workers:
         system.stop_consuming(name)
-    wrong = httpx.post(f"{url}/invoke", json={"tool_name": 1, "kwargs": {}})
+    wrong = httpx.post(f"{url}/invoke", json={"tool_name": 1, "kwargs": {}}, timeout=PATIENCE_SECONDS)
     assert (wrong.status_code, "tool_name" in wrong.text) == (400, True)
     for name in system.workers:
         system.consume(name)
@@ -134,10 +135,15 @@ def test_a_worker_that_stops_first_finishes_its_requests(
     system: System, mcp: McpServer, tool: str, *, finishes: bool
 ) -> None:
     """Within DRAIN_SECONDS; what takes longer is as with a killed worker."""
+    system.env_of_worker["patient"] = {"DRAIN_SECONDS": "60"}
+    name = "patient" if finishes else "a"
+    system.start_workers(name)
+    for other in {"a", "b"} - {name}:
+        system.stop_consuming(other)
     hold = uuid.uuid4().hex
     answer = invoke(system.urls[0], tool, key="k", hold=hold)
     mcp.wait_held(hold, timeout=PATIENCE_SECONDS)
-    worker = system.workers[holder(system, "k")]
+    worker = system.workers[name]
     worker.signal(signal.SIGTERM)
     wait_until(lambda: "draining" in worker.output(), PATIENCE_SECONDS)
     if finishes:

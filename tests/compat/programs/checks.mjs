@@ -12,7 +12,7 @@ export const MODEL = 'meta-llama/Llama-3.2-3B-Instruct';
 export const EMBEDDING_MODEL = 'embedder';
 export const DIMENSIONS = 8;
 export const NOBODY = '00000000-0000-4000-8000-000000000000';
-const SECONDS = 20;
+const SECONDS = 60;
 
 /** The SDK, from the environment that it is installed in. */
 export const sdk = (name) => createRequire(`${process.env.SDK_HOME}/index.js`)(name);

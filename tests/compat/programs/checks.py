@@ -30,7 +30,7 @@ EMBEDDING_MODEL = "embedder"
 DIMENSIONS = 8
 NOBODY = "00000000-0000-4000-8000-000000000000"
 """An id that names nothing."""
-SECONDS = 20.0
+SECONDS = 60.0
 """The time limit of one check."""
 
 Check = Callable[[], Any]

@@ -17,7 +17,7 @@ from app.events.follow import Relay
 from app.events.log import EventLog, channel
 from app.events.writer import EventWriter
 
-SECONDS = 10.0
+SECONDS = 60.0
 DELTA = EventKind.STEP_PROGRESS
 
 

@@ -274,7 +274,7 @@ async def test_followers_that_come_while_redis_is_being_connected_are_all_live(
         gate.set()
         for one, follower in zip(turn_ids, followers, strict=True):
             await appended(log, one, made(1))
-            await follower.has(made(1), seconds=3)
+            await follower.has(made(1))
             await follower.close()
 
 
@@ -347,8 +347,8 @@ async def test_an_end_that_was_recorded_but_never_published_ends_the_stream(
     await follower.has(events)
     end = terminal(events[-1].id)
     records.record(turn_id, [*events, end])
-    assert await follower.ended(seconds=3) == [*events, end]
-    assert await Follower(relay, turn_id).ended(seconds=3) == [*events, end]
+    assert await follower.ended() == [*events, end]
+    assert await Follower(relay, turn_id).ended() == [*events, end]
 
 
 async def test_a_missed_event_is_found_after_some_silence(

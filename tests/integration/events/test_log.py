@@ -8,7 +8,7 @@ from dataclasses import replace
 from app.domain.events import START, EventId, from_line
 from app.events.log import ENDED_TTL_SECONDS, TTL_SECONDS, EventLog, SyncLog, channel
 from app.local.valkey import Valkey
-from tests.integration.events.feeds import made, new_turn, tail, terminal
+from tests.integration.events.feeds import made, new_turn, subscriptions, tail, terminal, until
 
 
 async def fenced(log: EventLog, fence: int = 1, last: EventId = START) -> str:
@@ -120,11 +120,12 @@ async def test_an_append_is_published_once_as_lines(log: EventLog) -> None:
     turn_id, events = await fenced(log), made(3)
     async with log.subscriber.pubsub() as listener:
         await listener.subscribe(channel(turn_id))
+        await until(lambda: subscriptions(log, channel(turn_id)))
         await log.append(turn_id, 1, events[:2])
         await log.append(turn_id, 1, events[:2])
         await log.append(turn_id, 1, events)
         messages: list[str] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(messages) < 2:
                 message = await listener.get_message(ignore_subscribe_messages=True, timeout=1)
                 messages += [message["data"]] if message else []
@@ -188,7 +189,7 @@ async def test_every_append_is_answered_whatever_goes_wrong(log: EventLog) -> No
     """What cannot even be sent fails, with all that shares its round trip, and later ones go on."""
     turn_id, [event] = await fenced(log), made(1)
     unsendable = replace(event, data="\ud800")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         failed = await asyncio.gather(
             *(log.append(turn_id, 1, [each]) for each in (unsendable, event)), return_exceptions=True
         )

@@ -282,8 +282,7 @@ def test_the_worker_goes_first(jailer: Jailer) -> None:
     """Where the machine has too little time or memory for all, the code waits, and dies, before its worker does."""
     own = Jailer(jailer.user)
     own.begin("import time; time.sleep(600)", seconds=600)
-    wait_until(lambda: len(running(own)) == 1, 30)
-    [code] = running(own)
+    [code] = awaited(own, 1)
     assert (code.nice(), Path(f"/proc/{code.pid}/oom_score_adj").read_text()) == (19, "1000\n")
     own.stop()
 
@@ -307,7 +306,7 @@ def test_closed_outputs_do_no_harm(jailer: Jailer) -> None:
 
 def test_the_code_has_a_limit_of_time(jailer: Jailer) -> None:
     """What it had printed and written by then is kept."""
-    ran = jailer.run("print('so far', flush=True)\nopen('kept', 'w').write('x')\nwhile True: pass", seconds=1)
+    ran = jailer.run("print('so far', flush=True)\nopen('kept', 'w').write('x')\nwhile True: pass", seconds=5)
     assert (ran.ended, ran.stdout) == ("seconds", "so far\n")
     assert "kept" in ran.files
 
@@ -354,11 +353,22 @@ def running(jailer: Jailer) -> list[psutil.Process]:
     return found
 
 
+def awaited(jailer: Jailer, count: int) -> list[psutil.Process]:
+    """As `running`, once there are so many."""
+    found: list[psutil.Process] = []
+
+    def enough() -> bool:
+        found[:] = running(jailer)
+        return len(found) == count
+
+    wait_until(enough)
+    return found
+
+
 def test_a_killed_worker_leaves_nothing(jailer: Jailer) -> None:
     """`kill -9` of whoever made the sandbox takes along all that runs in it, whatever session it is in."""
     own = Jailer(jailer.user)
     own.begin("import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(600)", seconds=600)
-    wait_until(lambda: len(running(own)) == 2, 30)
-    left = running(own)
+    left = awaited(own, 2)
     own.stop()
     wait_until(lambda: not any(process.is_running() for process in left))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from llama_stack.apis.agents import AgentConfig, InferenceStep, Step, ToolExecutionStep
 from llama_stack.apis.inference import CompletionMessage, StopReason, ToolCall, ToolResponse
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from app.domain import events
 from app.domain.errors import TurnFailure
@@ -143,6 +144,14 @@ class Seeds:
 
     def events(self, turn_id: str, after: EventId = events.START) -> list[Event]:
         return self.store.transact(turns.segments_after, turn_id, after, 1000)
+
+
+@contextmanager
+def unhurried(store: Store) -> Iterator[Connection]:
+    """A transaction that Postgres does not end, however long a test is idle in it."""
+    with store.engine.begin() as connection:
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        yield connection
 
 
 def no_redis(turn_id: str, fence: int, last: EventId) -> list[Event] | None:

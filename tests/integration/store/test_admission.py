@@ -14,7 +14,7 @@ from app.domain.events import START
 from app.domain.turns import MultitaskStrategy, TurnStatus
 from app.store import admission, agents, claims, turns
 from app.store.admission import Accepted, Caps, Submission
-from tests.integration.store.seeds import NO_CAPS, OWNER, Json, Seeds
+from tests.integration.store.seeds import NO_CAPS, OWNER, Json, Seeds, unhurried
 from tests.support import wait_until
 
 ANSWER: Json = {"call_id": "c1", "tool_name": "ask", "content": "yes"}
@@ -192,12 +192,12 @@ class Resuming:
     def beside(self, **changes: Any) -> Accepted:
         """A new turn that finds it still awaiting input, and then resumed. Raises what its acceptance raises."""
         asked = self.seeds.resumption(self.turn_id, self.session_id, [ANSWER])
-        with ThreadPoolExecutor(1) as thread, self.seeds.store.engine.begin() as resuming:
+        with ThreadPoolExecutor(1) as thread, unhurried(self.seeds.store) as resuming:
             admission.resume(resuming, asked)
             posting = thread.submit(again, self.seeds, self.session_id, **changes)
             wait_until(lambda: self.seeds.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted") > 0)
             resuming.commit()
-            return posting.result(30)
+            return posting.result(60)
 
 
 def test_an_accepted_resume_is_not_superseded(seeds: Seeds) -> None:

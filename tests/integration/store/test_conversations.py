@@ -14,7 +14,7 @@ from app.domain.errors import InvalidRequest, NotFound
 from app.domain.items import Item, checked, with_ids
 from app.store import agents, conversations, prune
 from app.store.conversations import ConversationRow
-from tests.integration.store.seeds import OWNER, Seeds
+from tests.integration.store.seeds import OWNER, Seeds, unhurried
 from tests.integration.store.test_prune import DAY, aged, prune_all, sessions
 from tests.support import wait_until
 
@@ -281,10 +281,10 @@ def test_a_conversation_to_which_somebody_added_lately_is_not_pruned(seeds: Seed
 def test_an_item_that_is_added_while_its_conversation_is_pruned_is_refused(seeds: Seeds) -> None:
     """It waits, and then there is no conversation: no error of the database's."""
     talk = Talk(seeds)
-    with ThreadPoolExecutor(1) as thread, seeds.store.engine.begin() as connection:
+    with ThreadPoolExecutor(1) as thread, unhurried(seeds.store) as connection:
         connection.execute(text("DELETE FROM sessions WHERE session_id = :id"), {"id": talk.session_id})
         adding = thread.submit(talk.add, *said("x"))
         wait_until(lambda: seeds.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted") > 0)
         connection.commit()
         with not_found("Conversation"):
-            adding.result(30)
+            adding.result(60)

@@ -34,9 +34,6 @@ GROWING = {
 @pytest.fixture(scope="module")
 def crowded(store: Store) -> Iterator[Seeds]:
     """Thousands of ended turns with a segment and a step each, in sessions of ten; one turn of each other status."""
-    with store.engine.begin() as connection:
-        for table in ("sessions", "workers"):  # what other tests left would be planned for too
-            connection.execute(text(f"DELETE FROM {table}"))
     seeds = Seeds(store)
     session_id = seeds.session()
     with store.engine.begin() as connection:

@@ -88,7 +88,7 @@ def test_the_command(seeds: Seeds, store_url: str) -> None:
         env = {**os.environ, "DATABASE_URL": url, "INFERENCE_MODEL": "m"}
         program = "from app.cli import main; main()"
         command = [sys.executable, "-c", program, "prune", *options]
-        ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+        ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
         return ran.returncode, ran.stdout + ran.stderr
 
     assert caravan("--older-than", "400d", "--dry-run") == (0, "1 sessions have been idle for 400d\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,7 +17,8 @@ from app.domain.events import EventKind
 from app.domain.turns import TurnStatus
 from app.store import Store, claims, turns
 from app.store.claims import Claim, LegEnd
-from tests.integration.store.seeds import Seeds, inference_step, next_event, next_events, tool_step
+from tests.integration.store.seeds import Seeds, inference_step, next_event, next_events, tool_step, unhurried
+from tests.support import wait_until
 
 ADD = ToolCall(call_id="c1", tool_name="add", arguments='{"a":1}')
 COMPLETED = LegEnd(TurnStatus.COMPLETED, {"role": "assistant", "content": "ok"})
@@ -193,7 +193,7 @@ def test_still_owned_waits_for_whoever_is_ending_the_turn(seeds: Seeds) -> None:
     assert seeds.store.transact(claims.still_owned, claim)
     seeds.kill(claim.worker_id)
     with ThreadPoolExecutor(1) as pool:
-        with seeds.store.engine.begin() as ending:
+        with unhurried(seeds.store) as ending:
             turns.end(ending, claim.turn_id, TurnFailure("cancelled", "no"), lambda *_: [], running=True)
             asked = pool.submit(seeds.store.transact, claims.still_owned, claim)
             wait_for_lock(seeds)
@@ -203,12 +203,7 @@ def test_still_owned_waits_for_whoever_is_ending_the_turn(seeds: Seeds) -> None:
 
 def wait_for_lock(seeds: Seeds) -> None:
     blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    pause = threading.Event()
-    for _ in range(1000):
-        if seeds.scalar(blocked):
-            return
-        pause.wait(0.01)
-    raise TimeoutError("nobody waits for a lock")
+    wait_until(lambda: seeds.scalar(blocked))
 
 
 def test_a_lost_commit_reply_is_unavailable_and_recording_again_finds_it_made(

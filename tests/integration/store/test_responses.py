@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from app.domain import events
@@ -22,7 +21,7 @@ from app.store import Store, admission, agents, claims, conversations, responses
 from app.store.admission import Caps, ResponseSubmission
 from app.store.claims import Claim, LegEnd
 from tests.integration.store.asking import Asking
-from tests.integration.store.seeds import OWNER, Seeds, next_event, next_events, no_redis
+from tests.integration.store.seeds import OWNER, Seeds, next_event, next_events, no_redis, unhurried
 from tests.support import wait_until
 from tests.support.proxy import TcpProxy
 
@@ -30,14 +29,6 @@ from tests.support.proxy import TcpProxy
 @pytest.fixture
 def asking(seeds: Seeds) -> Asking:
     return Asking(seeds)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_left(store: Store) -> Iterator[None]:
-    """Tests of other files count the turns that are queued."""
-    yield
-    with store.engine.begin() as connection:
-        connection.execute(text("DELETE FROM sessions WHERE agent_id IS NULL"))
 
 
 def key() -> str:
@@ -150,13 +141,13 @@ def test_a_retry_in_a_conversation_waits_for_what_it_repeats(asking: Asking) -> 
     """The first request's transaction may still be under way when the second one comes."""
     talk = asking.conversation()
     first, second = (asking.submission(talk=talk, is_retry=retry) for retry in (False, True))
-    with ThreadPoolExecutor(1) as threads, asking.store.engine.begin() as connection:
+    with ThreadPoolExecutor(1) as threads, unhurried(asking.store) as connection:
         admission.accept_response(connection, first)
         waiting = threads.submit(asking.submit, second)
         blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'"
         wait_until(lambda: asking.seeds.scalar(blocked))
         connection.commit()
-        assert waiting.result(10).turn_id == first.turn_id
+        assert waiting.result(60).turn_id == first.turn_id
 
 
 def resolve(asking: Asking, asked: ResponseSubmission, proxy: TcpProxy, through: Store) -> tuple[str, bool]:

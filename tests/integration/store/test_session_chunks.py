@@ -68,8 +68,10 @@ def test_chunks_go_with_their_session_or_agent(store: Store, seeds: Seeds) -> No
 def test_the_largest_document_takes_a_part_of_a_transactions_time(store: Store, seeds: Seeds) -> None:
     """A megabyte of text that is all signs, with long vectors: beyond that time it would be tried again for ever."""
     session = seeds.session()
+    limited = Store(store.engine.url, pool_size=1, name="limited")
     many = [chunk("camels drink " * 20, *[0.123456789] * 1536)] * 5500
-    store.transact(session_chunks.replace_document, session, "d", "m", many)
+    limited.transact(session_chunks.replace_document, session, "d", "m", many)
+    limited.close()
     assert len(found(store, session, *[1.0] * 1536)) == 10
 
 

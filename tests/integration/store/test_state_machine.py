@@ -19,7 +19,7 @@ from app.domain import events
 from app.domain.errors import AttemptLost, Conflict
 from app.domain.events import START, TERMINAL, EventId, EventKind
 from app.domain.turns import ENDED, TRANSITIONS, MultitaskStrategy, TurnStatus
-from app.store import Store, claims, turns, workers
+from app.store import claims, turns, workers
 from app.store.claims import Claim, LegEnd
 from tests.integration.store.seeds import Seeds, inference_step, next_event, next_events, no_redis
 
@@ -294,15 +294,7 @@ class TurnLife(RuleBasedStateMachine):
                 self.seeds.cancel(turn.turn_id)
 
 
-@pytest.fixture
-def few_rows(store: Store) -> None:
-    """Nothing to cancel is left of other tests, so that upkeep's batch holds what this one made."""
-    with store.engine.begin() as connection:
-        connection.execute(text("UPDATE turns SET cancel_requested_at = NULL"))
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.timeout(600)
 def test_a_turns_life_is_the_models(seeds: Seeds) -> None:
     """Twenty random lives of up to forty events each, the same in every run."""
     TurnLife.seeds = seeds

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from threading import Barrier
@@ -16,16 +14,8 @@ from app.domain.events import LOST_TAIL_LEAP, EventId, EventKind
 from app.domain.turns import TurnStatus, isolated_from
 from app.store import agents, claims, turns, workers
 from app.store.workers import Renewal
-from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, next_events, no_redis
-
-
-def soon(condition: Callable[[], object]) -> None:
-    pause = threading.Event()
-    for _ in range(500):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise TimeoutError(condition)
+from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, next_events, no_redis, unhurried
+from tests.support import wait_until
 
 
 def test_a_lease_that_ran_out_is_found_dead_once_and_never_renewed(seeds: Seeds) -> None:
@@ -37,7 +27,7 @@ def test_a_lease_that_ran_out_is_found_dead_once_and_never_renewed(seeds: Seeds)
         return bool(seeds.scalar("SELECT dead_at IS NOT NULL FROM workers WHERE worker_id = :id", id=worker_id))
 
     # Nobody reaps within one lease of Postgres's start.
-    soon(lambda: seeds.store.transact(workers.mark_dead, 0.05) or dead(expired))
+    wait_until(lambda: seeds.store.transact(workers.mark_dead, 0.05) or dead(expired))
     assert [dead(worker_id) for worker_id in (expired, renewed, alive)] == [True, False, False]
     assert seeds.store.transact(workers.renew, expired, 60) is None
     assert seeds.store.transact(workers.mark_dead, 0.05) == 0
@@ -51,11 +41,11 @@ def test_a_worker_stopped_in_mid_renewal_holds_no_reaper_up(seeds: Seeds) -> Non
         seeds.store.transact(workers.mark_dead, 0.01)
         return bool(seeds.scalar("SELECT dead_at IS NOT NULL FROM workers WHERE worker_id = :id", id=worker_id))
 
-    with seeds.store.engine.begin() as renewing:
+    with unhurried(seeds.store) as renewing:
         workers.renew(renewing, stopped, 0)
-        soon(lambda: found_dead(expired))
+        wait_until(lambda: found_dead(expired))
         assert not found_dead(stopped)
-    soon(lambda: found_dead(stopped))
+    wait_until(lambda: found_dead(stopped))
 
 
 def test_nobody_reaps_within_one_lease_of_postgres_start(seeds: Seeds) -> None:
@@ -71,7 +61,7 @@ def test_a_retired_worker_can_be_reaped_at_once(seeds: Seeds) -> None:
     assert worker_id in {row.worker_id for row in seeds.store.transact(workers.live_workers)}
     seeds.store.transact(workers.retire, worker_id)
     assert worker_id not in {row.worker_id for row in seeds.store.transact(workers.live_workers)}
-    soon(lambda: seeds.store.transact(workers.mark_dead, 0.01) >= 0)
+    wait_until(lambda: seeds.store.transact(workers.mark_dead, 0.01) >= 0)
     assert seeds.store.transact(workers.renew, worker_id, 60) is None
 
 
@@ -384,7 +374,7 @@ def test_turns_of_one_session_can_be_ended_at_once(seeds: Seeds) -> None:
     both, met = [seeds.turn(session_id), seeds.turn(session_id)], Barrier(2)
 
     def raise_fence(turn_id: str, fence: int, last: EventId) -> None:
-        met.wait(5)  # each holds its own turn's row now
+        met.wait(60)  # each holds its own turn's row now
 
     def end(turn_id: str) -> object:
         return seeds.store.transact(turns.end, turn_id, TurnFailure("cancelled", "no"), raise_fence)
@@ -404,20 +394,20 @@ def test_a_session_is_deleted_while_a_turn_of_it_ends(seeds: Seeds) -> None:
     ending = Barrier(2)
 
     def delete(connection: Connection) -> list[str]:
-        ending.wait(5)
+        ending.wait(60)
         for index in ("indexscan", "bitmapscan"):
             connection.execute(text(f"SET LOCAL enable_{index} = off"))
         return agents.mark_session_deleted(connection, OWNER, agent_id, session_id)
 
     def raise_fence(turn_id: str, fence: int, last: EventId) -> None:
-        ending.wait(5)
-        soon(lambda: seeds.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+        ending.wait(60)
+        wait_until(lambda: seeds.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
     with ThreadPoolExecutor(1) as thread:
         deleting = thread.submit(seeds.store.transact, delete)
         failure = TurnFailure("cancelled", "no")
         assert seeds.store.transact(turns.end, first, failure, raise_fence) is not None
-        assert deleting.result(10) == [second]
+        assert deleting.result(60) == [second]
 
 
 def now(seeds: Seeds) -> datetime:

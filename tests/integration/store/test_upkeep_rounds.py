@@ -19,9 +19,12 @@ from app.local.valkey import Valkey
 from app.settings import Settings, get_settings
 from app.store import workers
 from app.upkeep import Upkeep
-from tests.integration.store.seeds import Seeds
+from tests.integration.store.seeds import Seeds, unhurried
 from tests.support import wait_until
 from tests.support.proxy import TcpProxy
+
+NEVER_SLOW = {"heartbeat_seconds": 600}
+"""A query that took longer would be a reason not to reap."""
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_one_round_takes_and_rings_every_turn_of_a_dead_worker(
     seeds: Seeds, settings: Settings, endings: Endings
 ) -> None:
     """However many there are; each has lost one worker. It trusts itself to reap in the next round as well."""
-    upkeep = Upkeep(settings, endings)
+    upkeep = Upkeep(settings.model_copy(update=NEVER_SLOW), endings)
     worker_id = seeds.worker()
     lost = [seeds.claimed(worker_id=worker_id).turn_id for _ in range(2 * workers.BATCH + 1)]
     seeds.store.transact(workers.retire, worker_id)
@@ -84,15 +87,14 @@ def test_one_round_ends_every_turn_that_waited_too_long_or_is_unwanted(
 ) -> None:
     """However many there are, and though Redis hangs, which says nothing of Postgres: it reaps in the next round. A
     turn that somebody else ends at this moment is left to him."""
-    upkeep = Upkeep(settings.model_copy(update={"upkeep_seconds": 60}), stalled)
+    upkeep = Upkeep(settings.model_copy(update={"upkeep_seconds": 60, **NEVER_SLOW}), stalled)
     overdue, unwanted = ([seeds.turn() for _ in range(workers.BATCH + 1)] for _ in range(2))
     for turn_id in overdue:
         seeds.age(turn_id, "queued_at", settings.max_queue_wait_seconds)
     for turn_id in unwanted:
         seeds.scalar("UPDATE turns SET cancel_requested_at = now() WHERE turn_id = :id RETURNING 1", id=turn_id)
     trust_after = upkeep._trust_after
-    with seeds.store.engine.begin() as other:
-        other.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+    with unhurried(seeds.store) as other:
         taken = [overdue.pop(), unwanted.pop()]
         other.execute(text("SELECT 1 FROM turns WHERE turn_id::text = ANY(:ids) FOR UPDATE"), {"ids": taken})
         upkeep.once()
@@ -109,10 +111,9 @@ def test_a_slow_query_makes_a_process_distrust_itself(seeds: Seeds, settings: Se
     upkeep = Upkeep(settings, endings)
     trust_after = upkeep._trust_after
     with ThreadPoolExecutor(1) as thread:
-        with seeds.store.engine.begin() as other:
-            other.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        with unhurried(seeds.store) as other:
             other.execute(text("LOCK TABLE turns"))
             round_ = thread.submit(upkeep.once)
             wait_until(lambda: time.monotonic() > trust_after)
-        round_.result(30)
+        round_.result(60)
     assert upkeep._trust_after > trust_after

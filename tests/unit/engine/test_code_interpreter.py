@@ -17,6 +17,7 @@ from app.store.session_files import Changes
 from tasks.tools import jail
 from tasks.tools.code_interpreter import CodeInterpreter
 from tasks.tools.sandbox import Limits, Sandbox
+from tests.support import wait_until
 
 SETTINGS = Settings(_env_file=None, database_url="postgresql://unused", sandbox_files_max_bytes=65_536)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap is Linux's alone")
@@ -117,11 +118,11 @@ def test_a_call_can_be_cancelled_at_any_time(run: Callable[[Coroutine[Any, Any, 
                 call = asyncio.create_task(code.run({"code": program}))
                 await asyncio.sleep(seconds)
                 call.cancel()
-                assert (await asyncio.wait([call], timeout=30))[0]
+                assert (await asyncio.wait([call], timeout=60))[0]
 
     before = {*psutil.Process().children(recursive=True)}
     run(cancel_each())
-    assert {*psutil.Process().children(recursive=True)} <= before
+    wait_until(lambda: {*psutil.Process().children(recursive=True)} <= before)
 
 
 async def test_where_there_is_no_sandbox_nothing_is_run(

@@ -27,7 +27,7 @@ async def called(
     stack: Stack,
     name: str = "add",
     arguments: str = "{}",
-    timeout_seconds: float = 5,
+    timeout_seconds: float = 60,
     max_bytes: int = 10_000,
     tool: dict[str, Any] | None = None,
     secrets: Secrets = Secrets(),  # noqa: B008  (it is frozen)
@@ -87,9 +87,9 @@ async def test_an_mcp_call_out_of_time_is_stopped(server: McpServer) -> None:
     server.reset()
     arguments = '{"seconds": 60, "text": "x"}'
     response = await called(
-        Stack(mcp_url=server.url), "slow", arguments, timeout_seconds=1, tool={**MCP, "name": "slow"}
+        Stack(mcp_url=server.url), "slow", arguments, timeout_seconds=4, tool={**MCP, "name": "slow"}
     )
-    assert response.content == "The tool gave no result within 1 s (TOOL_TIMEOUT_SECONDS)."
+    assert response.content == "The tool gave no result within 4 s (TOOL_TIMEOUT_SECONDS)."
     await asyncio.to_thread(wait_until, lambda: [made["ended"] for made in server.calls()] == ["cancelled"])
 
 

@@ -90,14 +90,14 @@ def test_floats_and_base64_are_the_same(client: OpenAI) -> None:
     ],
 )
 def test_what_cannot_be_embedded_is_a_400_in_openais_shape(server: Embeddings, fields: dict[str, Any]) -> None:
-    answer = httpx.post(f"{server.url}/embeddings", json={"model": "any", **fields})
+    answer = httpx.post(f"{server.url}/embeddings", json={"model": "any", **fields}, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_the_settings_name_this_server_by_default(server: Embeddings) -> None:
     fields = Settings.model_fields
-    (listed,) = httpx.get(f"{server.url}/models").json()["data"]
+    (listed,) = httpx.get(f"{server.url}/models", timeout=60).json()["data"]
     assert listed["id"] == fields["embedding_model"].default == minilm.MODEL_ID
     assert fields["embedding_dimension"].default == minilm.DIMENSION
     assert fields["embedding_url"].default == f"http://127.0.0.1:{embeddings.PORT}/v1"
@@ -117,7 +117,7 @@ def test_processes_at_once_make_one_file(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", MAKE], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    outputs = {maker.communicate(timeout=60)[0] for maker in makers}
+    outputs = {maker.communicate(timeout=120)[0] for maker in makers}
     assert outputs == {f"{folder / cached.name} {(folder / cached.name).stat().st_ino}\n"}
     assert (folder / cached.name).read_bytes() == cached.read_bytes()
     assert sorted(path.suffix for path in folder.iterdir()) == [".gguf", ".lock"]

@@ -73,7 +73,13 @@ def test_a_named_tool_is_the_one_that_is_called(client: OpenAI) -> None:
 
 
 def test_a_call_streams_as_openais_do(client: OpenAI) -> None:
-    given: Any = {"model": MODEL_ID, "messages": [QUESTION], "tools": TOOLS, "tool_choice": "required"}
+    given: Any = {
+        "model": MODEL_ID,
+        "messages": [QUESTION],
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "temperature": 0,
+    }
     chunks = list(client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}))
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     assert deltas[0].role == "assistant"
@@ -92,7 +98,14 @@ def test_after_a_result_it_answers(client: OpenAI) -> None:
 
 
 def test_tools_that_are_not_to_be_called_are_not(client: OpenAI) -> None:
-    given: Any = {"model": MODEL_ID, "messages": [QUESTION], "tools": TOOLS, "tool_choice": "none", "max_tokens": 20}
+    given: Any = {
+        "model": MODEL_ID,
+        "messages": [QUESTION],
+        "tools": TOOLS,
+        "tool_choice": "none",
+        "max_tokens": 20,
+        "temperature": 0,
+    }
     deltas = [
         choice.delta for chunk in client.chat.completions.create(**given, stream=True) for choice in chunk.choices
     ]
@@ -114,7 +127,7 @@ def test_an_answer_streams_as_it_comes(client: OpenAI) -> None:
 
 def _tokens(client: OpenAI, word: str) -> list[int]:
     url = str(client.base_url).removesuffix("/v1/")
-    tokens: list[int] = httpx.post(f"{url}/tokenize", json={"content": word}).json()["tokens"]
+    tokens: list[int] = httpx.post(f"{url}/tokenize", json={"content": word}, timeout=60).json()["tokens"]
     return tokens
 
 
@@ -140,7 +153,7 @@ def test_all_else_passes(server: Model, client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL_ID]
     text = client.completions.create(model=MODEL_ID, prompt="Once upon", max_tokens=4)
     assert text.choices[0].text
-    assert httpx.get(f"{server.url}/nowhere").status_code == 404
+    assert httpx.get(f"{server.url}/nowhere", timeout=60).status_code == 404
 
 
 def test_who_leaves_ends_the_generation(server: Model) -> None:
@@ -148,17 +161,21 @@ def test_who_leaves_ends_the_generation(server: Model) -> None:
     root = server.url.removesuffix("/v1")
     body = {"messages": [QUESTION], "max_tokens": 4000}
     _leave(f"{server.url}/chat/completions", {**body, "ignore_eos": True, "stream": True})
-    wait_until(lambda: not _is_busy(root), timeout=10)
+    wait_until(lambda: not _is_busy(root))
     slow = [tool("tell", {"type": "object", "properties": {name: {"type": "string"} for name in "abcdefgh"}})]
     _leave(f"{server.url}/chat/completions", {**body, "tools": slow, "tool_choice": "required", "repeat_penalty": 0.5})
-    wait_until(lambda: not _is_busy(root), timeout=10)
+    wait_until(lambda: not _is_busy(root))
 
 
 def _leave(url: str, body: JSON) -> None:
     """When the model has begun."""
-    with httpx.Client() as client, pytest.raises(httpx.ReadTimeout), client.stream("POST", url, json=body, timeout=0.5):
+    with (
+        httpx.Client() as client,
+        pytest.raises(httpx.ReadTimeout),
+        client.stream("POST", url, json=body, timeout=httpx.Timeout(60, read=0.5)),
+    ):
         raise httpx.ReadTimeout("the head of a stream is there")
 
 
 def _is_busy(root: str) -> bool:
-    return any(slot["is_processing"] for slot in httpx.get(f"{root}/slots").json())
+    return any(slot["is_processing"] for slot in httpx.get(f"{root}/slots", timeout=60).json())

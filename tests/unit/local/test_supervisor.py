@@ -140,7 +140,7 @@ def test_a_signal_to_the_supervisor_leaves_nothing_running(tmp_path: Path, numbe
     process = supervise(tmp_path)
     started = pids(tmp_path)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert output == "stopped\n"
     assert not any(lives(pid) for pid in started)
 

@@ -173,11 +173,11 @@ async def test_a_document_that_is_cancelled_as_its_reading_begins_is_not_read_on
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             begun.set()
-            known.wait(10)
+            known.wait(60)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     reading_it = asyncio.create_task(text_of(ENDLESS, 2_000_000))
-    await asyncio.to_thread(begun.wait, 10)
+    await asyncio.to_thread(begun.wait, 60)
     reading_it.cancel()
     await asyncio.wait([reading_it])
     known.set()

@@ -395,9 +395,9 @@ def test_texts_that_share_words_are_near() -> None:
 
 
 def test_what_is_no_route_or_no_json_is_refused(model: ScriptedModel) -> None:
-    assert httpx.get(f"{model.url}/nothing").status_code == 404
+    assert httpx.get(f"{model.url}/nothing", timeout=60).status_code == 404
     for body in ("{", "[]", "{}", '{"messages":[{"content":"no role"}]}', '{"messages":["SAY a"]}'):
-        assert httpx.post(f"{model.url}/chat/completions", content=body).status_code == 400
+        assert httpx.post(f"{model.url}/chat/completions", content=body, timeout=60).status_code == 400
     assert model.requests() == []
 
 
