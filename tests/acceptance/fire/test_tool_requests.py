@@ -52,7 +52,7 @@ def waiting(system: System) -> list[dict[str, Any]]:
     return system.rows("SELECT * FROM tool_requests")
 
 
-def holder(system: System, key: str) -> str:
+def holder(system: System) -> str:
     """The name of the worker that runs the only request there is."""
     wait_until(lambda: any(row["worker_id"] for row in waiting(system)), PATIENCE_SECONDS)
     rows = system.rows("SELECT name FROM workers JOIN tool_requests USING (worker_id)")
@@ -121,7 +121,7 @@ def test_a_killed_workers_request_is_not_made_again(system: System, mcp: McpServ
     """The tool may have done its work, which the client is told; the SDKs are told not to try again by themselves."""
     answer = invoke(system.urls[0], tool, key="k", hold="killed")
     mcp.wait_held("killed", timeout=PATIENCE_SECONDS)
-    system.workers[holder(system, "k")].kill_all()
+    system.workers[holder(system)].kill_all()
     told = answer.result(PATIENCE_SECONDS)
     mcp.release("killed")
     assert (told.status_code, told.headers.get("x-should-retry")) == (503, "false"), told.text
