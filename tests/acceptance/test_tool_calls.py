@@ -202,8 +202,9 @@ def test_a_responses_own_and_its_clients_calls_in_one_answer(openai_sdk: Any, mc
     asked = openai_sdk.responses.create(model="scripted", input=script, tools=[server(mcp), function])
     [own] = [item for item in asked.output if item.type == "function_call"]
     failed, *refused, made = [item for item in asked.output if item.type == "mcp_call"]
-    assert "out of order" in failed.error
-    assert [item.error[:21] for item in refused] == ["The arguments are not"] * 4
+    said = [item.error.content[0]["text"] for item in (failed, *refused)]
+    assert "out of order" in said[0]
+    assert [error[:21] for error in said[1:]] == ["The arguments are not"] * 4
     assert made.output == "3"
     answer = [
         {"type": "function_call_output", "call_id": own.call_id, "output": "because"},
