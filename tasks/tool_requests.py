@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 
-from app.domain.errors import OutcomeUnknown, Unavailable, Unsealable
+from app.domain.errors import Unavailable, Unsealable
 from app.identity.sealing import Sealing
 from app.identity.secrets import Secrets
 from app.settings import Settings
@@ -23,11 +23,7 @@ RETRY_SECONDS = 0.5
 
 async def claim(store: Store, request_id: str, worker_id: str) -> ToolRequest | None:
     """None: it is not to be run here. Raises Unavailable: nothing was claimed."""
-    while True:
-        try:
-            return await store.run(tool_requests.claim, request_id, worker_id)
-        except OutcomeUnknown:
-            await asyncio.sleep(RETRY_SECONDS)
+    return await store.run_until_known(tool_requests.claim, request_id, worker_id)
 
 
 async def answer(settings: Settings, stack: LlamaStack, request: ToolRequest) -> Answer:

@@ -48,7 +48,7 @@ class ToolRequests:
         request_id = str(uuid.uuid4())
         try:
             sealed = Secrets(provider_data).sealed(Sealing(self._settings.sealing_keys), request_id)
-            await self._store.run(tool_requests.add, request_id, principal, method, arguments, sealed)
+            await self._store.run_until_known(tool_requests.add, request_id, principal, method, arguments, sealed)
         except InvalidRequest as error:
             raise NoAnswer(str(error), 400) from error
         except Unavailable as error:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from app.store.tables import registry_version, seconds, tool_requests, workers
 from app.store.workers import BATCH, due_to_ring
@@ -58,8 +59,9 @@ class Standing:
 def add(
     connection: Connection, request_id: str, owner: str, method: str, arguments: bytes, sealed: bytes | None
 ) -> None:
+    """Does nothing if it is there already, as after a lost reply."""
     row = {"request_id": request_id, "owner": owner, "method": method, "arguments": arguments, "sealed": sealed}
-    connection.execute(insert(tool_requests).values(row))
+    connection.execute(insert(tool_requests).values(row).on_conflict_do_nothing())
 
 
 def claim(connection: Connection, request_id: str, worker_id: str) -> ToolRequest | None:
