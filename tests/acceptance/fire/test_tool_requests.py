@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import uuid
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import redis
 
+from app.dispatch import QUEUE
 from app.local.valkey import Valkey
 from app.store.tool_requests import KEEP_SECONDS
 from tests.acceptance.fire.system import PATIENCE_SECONDS, System
@@ -91,20 +93,45 @@ def test_a_request_waits_for_a_worker(system: System, mcp: McpServer, tool: str,
     for name in system.workers:
         system.stop_consuming(name)
     lost, doubled = invoke(system.urls[0], tool, key="lost"), invoke(system.urls[1], tool, key="doubled")
-    wait_until(lambda: queue.llen("caravan.turns") >= 2, PATIENCE_SECONDS)
+    wait_until(lambda: queue.llen(QUEUE) >= 2, PATIENCE_SECONDS)
     ids = {row["request_id"]: b"doubled" in bytes(row["arguments"]) for row in waiting(system)}
     kept = [
         message
-        for message in queue.lrange("caravan.turns", 0, -1)
+        for message in queue.lrange(QUEUE, 0, -1)
         if any(is_doubled and str(request_id).encode() in message for request_id, is_doubled in ids.items())
     ]
-    queue.delete("caravan.turns")
-    queue.lpush("caravan.turns", *(20 * kept))
+    queue.delete(QUEUE)
+    queue.lpush(QUEUE, *(20 * kept))
     for name in system.workers:
         system.consume(name)
     assert [answer.result(PATIENCE_SECONDS).status_code for answer in (lost, doubled)] == [200, 200]
-    wait_until(lambda: not queue.llen("caravan.turns"), PATIENCE_SECONDS)
+    wait_until(lambda: not queue.llen(QUEUE), PATIENCE_SECONDS)
     assert mcp.counts() == {"lost": 1, "doubled": 1}
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_revoking_its_task_does_not_cancel_a_request(
+    system: System, mcp: McpServer, tool: str, *, starts: bool
+) -> None:
+    """Before it starts the message is dropped, and upkeep rings again; then it is left alone."""
+    queue, hold = redis.Redis.from_url(system.env["REDIS_URL"]), uuid.uuid4().hex
+    for name in system.workers:
+        system.stop_consuming(name)
+    answer = invoke(system.urls[0], tool, key="k", hold=hold)
+    wait_until(lambda: queue.llen(QUEUE), PATIENCE_SECONDS)
+    task = json.loads(queue.lrange(QUEUE, 0, 0)[0])["headers"]["id"]
+    if not starts:
+        system.revoke(task)
+    for name in system.workers:
+        system.consume(name)
+    mcp.wait_held(hold, timeout=PATIENCE_SECONDS)
+    if starts:
+        system.revoke(task)
+        wait_until(lambda: any("goes on" in worker.output() for worker in system.workers.values()), PATIENCE_SECONDS)
+    mcp.release(hold)
+    assert answer.result(PATIENCE_SECONDS).status_code == 200
+    assert mcp.counts() == {"k": 1}
+    assert not any("was revoked; it was found" in worker.output() for worker in system.workers.values())
 
 
 def test_tools_work_while_the_broker_is_down(system: System, mcp: McpServer, tool: str, fire_valkey: Valkey) -> None:
@@ -161,7 +188,7 @@ def test_secrets_are_sealed_until_the_answer(system: System, mcp: McpServer, too
     assert secret.encode() not in b"".join(bytes(row[name] or b"") for name in ("sealed", "arguments"))
     mcp.release("sealed")
     assert held.result(PATIENCE_SECONDS).status_code == 200
-    assert secret not in str(queue.lrange("caravan.turns", 0, -1))
+    assert secret not in str(queue.lrange(QUEUE, 0, -1))
     echoed = invoke(system.urls[1], "echo_header", {HEADERS: data}, name="x-token", fail=False).result()
     assert "[secret]" in echoed.text
     assert secret not in echoed.text
