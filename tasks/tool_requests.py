@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import traceback
 
 from app.domain.errors import Unavailable, Unsealable
 from app.identity.sealing import Sealing
@@ -19,6 +20,8 @@ from tasks.stack import LlamaStack
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+FAILED = Answer(500, b"Internal server error: An unexpected error occurred.")
+"""By a fault of this program; in llama_stack's words."""
 
 
 async def claim(store: Store, request_id: str, worker_id: str) -> ToolRequest | None:
@@ -34,9 +37,12 @@ async def answer(settings: Settings, stack: LlamaStack, request: ToolRequest) ->
         return Answer(500, str(error).encode())
     try:
         with acting_as(request.owner, secrets.provider_data):
-            given = await _call(settings, stack, request)
-        return Answer(200, _bounded(settings, json.dumps(secrets.hide(json.loads(given))).encode()))
+            given = _bounded(settings, await _call(settings, stack, request))
+        return Answer(200, json.dumps(secrets.hide(json.loads(given))).encode())
     except NoAnswer as failure:
+        if failure.status_code >= 500:
+            why = "".join(traceback.format_exception(failure))
+            logger.error("tool request %s, %s failed: %s", request.request_id, request.method, secrets.hide(why))
         return Answer(failure.status_code, str(secrets.hide(str(failure))).encode(errors="replace"))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,8 +24,6 @@ from app.stack.access import acting_principal
 INVOKE = "invoke_tool"
 INSERT = "rag_tool.insert"
 METHODS = (INVOKE, INSERT, "rag_tool.query")
-
-log = logging.getLogger(__name__)
 
 RunOnWorker = Callable[[str, bytes, str, dict[str, Any]], Awaitable[bytes]]
 """(method, arguments, principal, provider data) → what it gave; all but the principal as JSON. Raises NoAnswer."""
@@ -56,15 +53,13 @@ def on_worker(implementation: Callable[..., Any], method: str, run: RunOnWorker)
 
 
 async def call(tool_runtime: Any, method: str, arguments: bytes) -> bytes:
-    """What a method of the worker's own stack gives. Raises NoAnswer; what is not the caller's fault is logged."""
+    """What a method of the worker's own stack gives. Raises NoAnswer."""
     implementation = getattr(tool_runtime, method)
     try:
         given = _arguments(implementation).model_validate_json(arguments)
         return to_json(await implementation(**{name: getattr(given, name) for name in type(given).model_fields}))
     except Exception as error:
         translated = server.translate_exception(error)
-        if translated.status_code >= 500:
-            log.error("%s failed", method, exc_info=error)
         raise NoAnswer(_told(translated), translated.status_code) from error
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from pydantic import SecretStr
 
 from app.dispatch import QUEUE
+from app.identity.sealing import Sealing
 from app.local.valkey import Valkey
 from app.store.tool_requests import KEEP_SECONDS
 from tests.acceptance.fire.system import PATIENCE_SECONDS, System
@@ -192,6 +194,21 @@ def test_secrets_are_sealed_until_the_answer(system: System, mcp: McpServer, too
     echoed = invoke(system.urls[1], "echo_header", {HEADERS: data}, name="x-token", fail=False).result()
     assert "[secret]" in echoed.text
     assert secret not in echoed.text
+
+
+def test_a_worker_that_fails_says_so(system: System) -> None:
+    """Here by what a newer web process sealed. As the worker lives on, nobody would take the request for lost."""
+    request_id = str(uuid.uuid4())
+    sealed = Sealing([SecretStr(key) for key in system.env["SEALING_KEYS"].split(",")]).seal({"novel": {}}, request_id)
+    system.execute(
+        "INSERT INTO tool_requests (request_id, owner, method, arguments, sealed)"
+        " VALUES (:request_id, 'local', 'invoke_tool', '{}', :sealed)",
+        request_id=request_id,
+        sealed=sealed,
+    )
+    wait_until(lambda: waiting(system)[0]["status"] == 500, PATIENCE_SECONDS)
+    assert waiting(system)[0]["sealed"] is None
+    system.execute("DELETE FROM tool_requests")
 
 
 def test_without_a_worker_the_client_is_told_so(

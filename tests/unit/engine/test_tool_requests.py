@@ -90,6 +90,16 @@ async def test_secrets_are_hidden_from_the_answer() -> None:
     assert failed.body == b"Invalid value: with [secret]"
 
 
+async def test_secrets_are_hidden_from_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A server's URL with a key in it is in the error of a request that failed."""
+    secrets = Secrets({"wolfram_alpha_api_key": "appid-0123456789"})
+    sealed = secrets.sealed(Sealing(settings().sealing_keys), REQUEST_ID)
+    told = await answered(settings(), "fail", sealed=sealed, kind="KeyError", message="?appid=appid-0123456789")
+    assert told.status == 500
+    assert "KeyError: '?appid=[secret]'" in caplog.text
+    assert "appid-0123456789" not in caplog.text
+
+
 async def test_secrets_that_this_worker_cannot_open() -> None:
     other = base64.b64encode(bytes(range(32))).decode()
     sealed = Secrets({"a_api_key": "b"}).sealed(Sealing(settings(sealing_keys=other).sealing_keys), REQUEST_ID)
