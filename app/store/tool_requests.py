@@ -143,9 +143,17 @@ def to_ring(connection: Connection, *, backing_off: bool, at_most: int = BATCH) 
 
 
 def forget_abandoned(connection: Connection, max_wait_seconds: float) -> int:
-    """Deletes those that no web process asks for any more, as it has died. What runs stays: it may take long."""
+    """Deletes some of those that no web process asks for any more, as it died. What runs stays: it may take long."""
     left = and_(~_ENDED, or_(_WAITS, ~_LIVE_WORKER), _before(tool_requests.c.created_at, max_wait_seconds))
-    return connection.execute(delete(tool_requests).where(or_(left, _before(tool_requests.c.ended_at, 0)))).rowcount
+    old = (
+        select(tool_requests.c.request_id)
+        # Not by the clock, which is volatile, so that Postgres would look at every request.
+        .where(tool_requests.c.created_at < func.now() - seconds(KEEP_SECONDS))
+        .where(or_(left, _before(tool_requests.c.ended_at, 0)))
+        .limit(BATCH)
+        .with_for_update(skip_locked=True)
+    )
+    return connection.execute(delete(tool_requests).where(tool_requests.c.request_id.in_(old))).rowcount
 
 
 def _before(time: ColumnElement[Any], wait_seconds: float) -> ColumnElement[bool]:
