@@ -18,7 +18,7 @@ from app.identity.secrets import Secrets
 from app.settings import Settings
 from app.stack.tool_requests import INVOKE, NoAnswer
 from app.store import Store, tool_requests, workers
-from app.store.tool_requests import Standing
+from app.store.tool_requests import Answer, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ToolRequests:
             standing = await self._standing(request_id)
             if standing.answer is not None:
                 if standing.answer.status != 200:
-                    raise NoAnswer(standing.answer.body.decode(), standing.answer.status)
+                    raise failed(method, standing.answer)
                 return standing.answer.body
             if standing.lost:
                 raise worker_lost(method)
@@ -120,6 +120,12 @@ class ToolRequests:
             self._asking.cancel()
             with suppress(asyncio.CancelledError):
                 await self._asking
+
+
+def failed(method: str, answer: Answer) -> NoAnswer:
+    """Of a tool that failed or took too long, too, nobody knows what it has done."""
+    again = method != INVOKE or answer.status < 500
+    return NoAnswer(answer.body.decode(), answer.status, None if again else NO_RETRY)
 
 
 def worker_lost(method: str) -> NoAnswer:
