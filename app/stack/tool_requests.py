@@ -19,6 +19,7 @@ from pydantic import BaseModel, create_model
 from pydantic_core import to_json
 
 from app.identity import LOCAL_PRINCIPAL
+from app.identity.secrets import told_members
 from app.stack.access import acting_principal
 
 INVOKE = "invoke_tool"
@@ -45,7 +46,7 @@ def on_worker(implementation: Callable[..., Any], method: str, run: RunOnWorker)
     @functools.wraps(implementation)
     async def call(**given: Any) -> Any:
         content = arguments(**given).model_dump_json(by_alias=True).encode()
-        members = {name: value for name, value in (PROVIDER_DATA_VAR.get() or {}).items() if name[:2] != "__"}
+        members = told_members(PROVIDER_DATA_VAR.get() or {})
         return json.loads(await run(method, content, acting_principal() or LOCAL_PRINCIPAL, members))
 
     call.__signature__ = inspect.signature(implementation)  # type: ignore[attr-defined]
