@@ -6,6 +6,7 @@ One task asks Postgres for all that wait in this process, so that many cost no m
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import uuid
 from contextlib import suppress
@@ -125,7 +126,7 @@ class ToolRequests:
 def failed(method: str, answer: Answer) -> NoAnswer:
     """Of a tool that failed or took too long, too, nobody knows what it has done."""
     again = method != INVOKE or answer.status < 500
-    return NoAnswer(answer.body.decode(), answer.status, None if again else NO_RETRY)
+    return NoAnswer(json.loads(answer.body), answer.status, None if again else NO_RETRY)
 
 
 def worker_lost(method: str) -> NoAnswer:

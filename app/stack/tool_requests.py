@@ -31,10 +31,12 @@ RunOnWorker = Callable[[str, bytes, str, dict[str, Any]], Awaitable[bytes]]
 
 
 class NoAnswer(Exception):
-    """The method failed, or no worker could run it. `status_code` and `headers` are what HTTP clients get."""
+    """The method failed, or no worker could run it. HTTP clients get `status_code`, `headers` and `detail`: a text, or
+    what llama_stack makes of a ValidationError."""
 
-    def __init__(self, message: str, status_code: int, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, detail: Any, status_code: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
         self.status_code = status_code
         self.headers = headers
 
@@ -61,11 +63,7 @@ async def call(tool_runtime: Any, method: str, arguments: bytes) -> bytes:
         return to_json(await implementation(**{name: getattr(given, name) for name in type(given).model_fields}))
     except Exception as error:
         translated = server.translate_exception(error)
-        raise NoAnswer(_told(translated), translated.status_code) from error
-
-
-def _told(error: Any) -> str:
-    return error.detail if isinstance(error.detail, str) else json.dumps(error.detail)
+        raise NoAnswer(translated.detail, translated.status_code) from error
 
 
 @functools.cache

@@ -40,7 +40,7 @@ class ToolRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """`status`: HTTP's. `body`: JSON of what the method gave (200), or of the text that says why it gave nothing."""
+    """`status`: HTTP's. `body`: JSON of what the method gave (200), or of what says why it gave nothing."""
 
     status: int
     body: bytes

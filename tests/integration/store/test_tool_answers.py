@@ -67,7 +67,7 @@ async def test_sdks_do_not_call_a_tool_again_that_failed(
     request_id, answer = await ask(method)
     worker = seeds.worker()
     seeds.store.transact(tool_requests.claim, request_id, worker)
-    seeds.store.transact(tool_requests.finish, request_id, worker, Answer(status, b"why"))
+    seeds.store.transact(tool_requests.finish, request_id, worker, Answer(status, b'"why"'))
     with pytest.raises(NoAnswer, match="why") as told:
         await answer
     assert (told.value.status_code, told.value.headers) == (status, headers)
