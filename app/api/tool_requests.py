@@ -53,7 +53,7 @@ class ToolRequests:
         except InvalidRequest as error:
             raise NoAnswer(str(error), 400) from error
         except Unavailable as error:
-            raise NoAnswer(str(error), 503) from error
+            raise NoAnswer(str(error), 503, {"Retry-After": "2"}) from error
         await asyncio.to_thread(self._doorbell.ring_for_tool, request_id)
         return await self._answer(request_id, method)
 

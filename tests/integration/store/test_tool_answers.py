@@ -34,15 +34,19 @@ class Unheard:
         return True
 
 
+def web(store: Store, doorbell: Unheard) -> ToolRequests:
+    given: dict[str, Any] = {"database_url": "postgresql://localhost/x", "max_queue_wait_seconds": WAIT_SECONDS}
+    return ToolRequests(Settings(_env_file=None, **given), store, cast(Doorbell, doorbell))
+
+
 Ask = Callable[[str], Awaitable[tuple[str, asyncio.Task[bytes]]]]
 
 
 @pytest.fixture
 async def ask(store: Store) -> AsyncIterator[Ask]:
     """Makes a request: its id, once it is stored and rung for, and its answer."""
-    given: dict[str, Any] = {"database_url": "postgresql://localhost/x", "max_queue_wait_seconds": WAIT_SECONDS}
     doorbell = Unheard()
-    tools = ToolRequests(Settings(_env_file=None, **given), store, cast(Doorbell, doorbell))
+    tools = web(store, doorbell)
 
     async def asked(method: str) -> tuple[str, asyncio.Task[bytes]]:
         answer = asyncio.create_task(tools.run(method, b"{}", "alice", {}))
@@ -85,3 +89,11 @@ async def test_a_request_that_is_taken_at_the_last_moment_is_waited_for(ask: Ask
     seeds.store.transact(tool_requests.finish, request_id, worker, Answer(200, b"1"))
     assert await answer == b"1"
     await asyncio.to_thread(wait_until, lambda: not rows(seeds, request_id), 30)
+
+
+async def test_without_postgres_a_client_is_told_when_to_try_again() -> None:
+    store = Store("postgresql+psycopg2://nobody@127.0.0.1:1/none", pool_size=1, name="tests")
+    with pytest.raises(NoAnswer, match="DATABASE_URL") as told:
+        await web(store, Unheard()).run(INVOKE, b"{}", "alice", {})
+    assert (told.value.status_code, told.value.headers) == (503, {"Retry-After": "2"})
+    store.close()
