@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import threading
@@ -182,15 +183,23 @@ def test_secrets_are_sealed_until_the_answer(system: System, mcp: McpServer, too
     """And are what the tool gets."""
     secret = f"secret-{uuid.uuid4().hex}"
     data = f'{{"mcp_headers": {{"{mcp.url}": {{"X-Token": "{secret}"}}}}}}'
+    queue = redis.Redis.from_url(system.env["REDIS_URL"])
+    for name in system.workers:
+        system.stop_consuming(name)
     held = invoke(system.urls[0], tool, {HEADERS: data}, key="k", hold="sealed")
+    wait_until(lambda: queue.llen(QUEUE), PATIENCE_SECONDS)
+    message = json.loads(queue.lrange(QUEUE, 0, 0)[0])
+    arguments = json.loads(base64.b64decode(message["body"]))[:2]
+    for name in system.workers:
+        system.consume(name)
     mcp.wait_held("sealed", timeout=PATIENCE_SECONDS)
     row = waiting(system)[0]
-    queue = redis.Redis.from_url(system.env["REDIS_URL"])
+    assert arguments == [[str(row["request_id"])], {}]
+    assert secret not in str(message)
     assert row["sealed"] is not None
     assert secret.encode() not in b"".join(bytes(row[name] or b"") for name in ("sealed", "arguments"))
     mcp.release("sealed")
     assert held.result(PATIENCE_SECONDS).status_code == 200
-    assert secret not in str(queue.lrange(QUEUE, 0, -1))
     echoed = invoke(system.urls[1], "echo_header", {HEADERS: data}, name="x-token", fail=False).result()
     assert "[secret]" in echoed.text
     assert secret not in echoed.text
