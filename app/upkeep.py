@@ -107,11 +107,12 @@ class Upkeep(threading.Thread):
             self._run_unrung(self._runner)
 
     def _run_unrung(self, runner: Runner) -> None:
+        """As many as there is room for now: what is taken here takes its place a moment later."""
         if room := runner.room():
-            for turn_id in self._ask(workers.to_ring, backing_off=False, at_most=room):
+            turn_ids = self._ask(workers.to_ring, backing_off=False, at_most=room)
+            for turn_id in turn_ids:
                 runner.run_unrung(turn_id)
-        if room := runner.room():
-            for request_id in self._ask(tool_requests.to_ring, backing_off=False, at_most=room):
+            for request_id in self._ask(tool_requests.to_ring, backing_off=False, at_most=room - len(turn_ids)):
                 runner.run_tool_unrung(request_id)
 
     def _end_overdue(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from celery import signals
 from celery.worker.request import Request
 
+from app.dispatch import RUN_TURN
 from app.domain.errors import Unavailable
 from app.endings import open_endings
 from app.settings import get_settings
@@ -54,9 +55,9 @@ class ToolRequest(TurnRequest):
 
 
 @signals.task_revoked.connect
-def _revoked_before_it_started(request: Any, **_: object) -> None:
+def _revoked_before_it_started(sender: Any, request: Any, **_: object) -> None:
     """The worker drops the message. Upkeep would ring again for the turn, so it is cancelled."""
-    if not isinstance(request, ToolRequest):
+    if sender.name == RUN_TURN:
         _thread.submit(_cancel, request.args[0])
 
 

@@ -215,8 +215,8 @@ class Runtime:
     def _hand_over(self, to_own_processes: signal.Signals, *, now: bool = False) -> None:
         for attempt in self._running.values():
             attempt.hand_over(now=now)
-        for running in self._tool_requests.values() if now else ():
-            running.cancel()
+        if now:
+            self._leave_tool_requests()
         if self._own_processes is not None:
             self._own_processes.stop(to_own_processes)
 
@@ -259,16 +259,22 @@ class Runtime:
             return await self._answer_tool_request(request)
 
     async def _answer_tool_request(self, request: ToolRequest) -> str:
-        """A request that this worker cannot finish stays with it: its client is told when the lease is over."""
+        """A request that this worker cannot finish stays with it: its client is told when the lease is over.
+
+        Whatever else happens is answered: as long as this worker lives, nobody takes the request for lost.
+        """
         running = asyncio.create_task(tool_requests.answer(self._settings, self._stack, request))
         self._tool_requests[request.request_id] = running
         try:
             answer = await running
-        except asyncio.CancelledError:
-            logger.warning("tool request %s, %s: left behind", request.request_id, request.method)
-            return "left behind"
+        except (Exception, asyncio.CancelledError):
+            if request.request_id not in self._tool_requests:
+                logger.warning("tool request %s, %s: left behind", request.request_id, request.method)
+                return "left behind"
+            logger.exception("tool request %s, %s: a fault of this program", request.request_id, request.method)
+            answer = tool_requests.FAILED
         finally:
-            del self._tool_requests[request.request_id]
+            self._tool_requests.pop(request.request_id, None)
         logger.info("tool request %s, %s: %d", request.request_id, request.method, answer.status)
         await tool_requests.finish(self._store, request, answer)
         return str(answer.status)
@@ -392,8 +398,11 @@ class Runtime:
     def _drop_all(self) -> None:
         for attempt in self._running.values():
             attempt.drop()
-        for running in self._tool_requests.values():
-            running.cancel()
+        self._leave_tool_requests()
+
+    def _leave_tool_requests(self) -> None:
+        while self._tool_requests:
+            self._tool_requests.popitem()[1].cancel()
 
 
 _current: Runtime | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import traceback
+from typing import Any
 
-from app.domain.errors import OutcomeUnknown, Unavailable, Unsealable
+from app.domain.errors import Unavailable, Unsealable
 from app.identity.sealing import Sealing
 from app.identity.secrets import Secrets
 from app.settings import Settings
@@ -19,15 +21,13 @@ from tasks.stack import LlamaStack
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+FAILED = Answer(500, b'"Internal server error: An unexpected error occurred."')
+"""By a fault of this program; in llama_stack's words."""
 
 
 async def claim(store: Store, request_id: str, worker_id: str) -> ToolRequest | None:
     """None: it is not to be run here. Raises Unavailable: nothing was claimed."""
-    while True:
-        try:
-            return await store.run(tool_requests.claim, request_id, worker_id)
-        except OutcomeUnknown:
-            await asyncio.sleep(RETRY_SECONDS)
+    return await store.run_until_known(tool_requests.claim, request_id, worker_id)
 
 
 async def answer(settings: Settings, stack: LlamaStack, request: ToolRequest) -> Answer:
@@ -35,13 +35,16 @@ async def answer(settings: Settings, stack: LlamaStack, request: ToolRequest) ->
     try:
         secrets = Secrets.opened(Sealing(settings.sealing_keys), request.sealed, request.request_id)
     except Unsealable as error:
-        return Answer(500, str(error).encode())
+        return Answer(500, _json(str(error)))
     try:
         with acting_as(request.owner, secrets.provider_data):
-            given = await _call(settings, stack, request)
-        return Answer(200, _bounded(settings, json.dumps(secrets.hide(json.loads(given))).encode()))
+            given = _bounded(settings, await _call(settings, stack, request))
+        return Answer(200, _json(secrets.hide(json.loads(given))))
     except NoAnswer as failure:
-        return Answer(failure.status_code, str(secrets.hide(str(failure))).encode(errors="replace"))
+        if failure.status_code >= 500:
+            why = "".join(traceback.format_exception(failure.__cause__ or failure))
+            logger.error("tool request %s, %s failed: %s", request.request_id, request.method, secrets.hide(why))
+        return Answer(failure.status_code, _json(secrets.hide(failure.detail)))
 
 
 async def _call(settings: Settings, stack: LlamaStack, request: ToolRequest) -> bytes:
@@ -53,6 +56,10 @@ async def _call(settings: Settings, stack: LlamaStack, request: ToolRequest) -> 
             return await call(stack.tool_runtime, request.method, request.arguments)
     except TimeoutError as error:
         raise NoAnswer(f"The tool took longer than {within:g} s ({name.upper()}).", 504) from error
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def _bounded(settings: Settings, given: bytes) -> bytes:

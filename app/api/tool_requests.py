@@ -6,6 +6,7 @@ One task asks Postgres for all that wait in this process, so that many cost no m
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import uuid
 from contextlib import suppress
@@ -18,7 +19,7 @@ from app.identity.secrets import Secrets
 from app.settings import Settings
 from app.stack.tool_requests import INVOKE, NoAnswer
 from app.store import Store, tool_requests, workers
-from app.store.tool_requests import Standing
+from app.store.tool_requests import Answer, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,11 @@ class ToolRequests:
         request_id = str(uuid.uuid4())
         try:
             sealed = Secrets(provider_data).sealed(Sealing(self._settings.sealing_keys), request_id)
-            await self._store.run(tool_requests.add, request_id, principal, method, arguments, sealed)
+            await self._store.run_until_known(tool_requests.add, request_id, principal, method, arguments, sealed)
         except InvalidRequest as error:
             raise NoAnswer(str(error), 400) from error
         except Unavailable as error:
-            raise NoAnswer(str(error), 503) from error
+            raise NoAnswer(str(error), 503, {"Retry-After": "2"}) from error
         await asyncio.to_thread(self._doorbell.ring_for_tool, request_id)
         return await self._answer(request_id, method)
 
@@ -61,7 +62,7 @@ class ToolRequests:
             standing = await self._standing(request_id)
             if standing.answer is not None:
                 if standing.answer.status != 200:
-                    raise NoAnswer(standing.answer.body.decode(), standing.answer.status)
+                    raise failed(method, standing.answer)
                 return standing.answer.body
             if standing.lost:
                 raise worker_lost(method)
@@ -120,6 +121,12 @@ class ToolRequests:
             self._asking.cancel()
             with suppress(asyncio.CancelledError):
                 await self._asking
+
+
+def failed(method: str, answer: Answer) -> NoAnswer:
+    """Of a tool that failed or took too long, too, nobody knows what it has done."""
+    again = method != INVOKE or answer.status < 500
+    return NoAnswer(json.loads(answer.body), answer.status, None if again else NO_RETRY)
 
 
 def worker_lost(method: str) -> NoAnswer:

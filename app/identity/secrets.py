@@ -45,11 +45,15 @@ def provider_data(header: str | None) -> dict[str, Any]:
         given = parsed(header)
     except ValueError:
         raise InvalidRequest(f"{HEADER}: must be a JSON object, nested up to 200 deep", HEADER) from None
-    # llama_stack keeps the caller's name among them, under such a name.
-    members = {name: value for name, value in given.items() if value not in (None, "", {}) and name[:2] != "__"}
+    members = told_members(given)
     for name, value in members.items():
         _check(name, value)
     return members
+
+
+def told_members(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that ask for something, without the caller's name, which llama_stack keeps among them."""
+    return {name: value for name, value in given.items() if value not in (None, "", {}) and name[:2] != "__"}
 
 
 def _check(name: str, value: Any) -> None:

@@ -252,8 +252,9 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     named = [str(value) for value in request.path_params.values()]
     if type(cause) is ValueError and "not found" in str(cause) and any(name in str(cause) for name in named):
         status, detail = 404, str(cause)
-    headers = cause.headers if isinstance(cause, NoAnswer) else error.headers
-    return JSONResponse(_body(request.url.path, status, detail), status, headers)
+    if isinstance(cause, NoAnswer):
+        return JSONResponse(_body(request.url.path, status, cause.detail), status, cause.headers)
+    return JSONResponse(_body(request.url.path, status, detail), status, error.headers)
 
 
 def _body(path: str, status: int, detail: Any) -> dict[str, Any]:

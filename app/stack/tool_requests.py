@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,23 +19,24 @@ from pydantic import BaseModel, create_model
 from pydantic_core import to_json
 
 from app.identity import LOCAL_PRINCIPAL
+from app.identity.secrets import told_members
 from app.stack.access import acting_principal
 
 INVOKE = "invoke_tool"
 INSERT = "rag_tool.insert"
 METHODS = (INVOKE, INSERT, "rag_tool.query")
 
-log = logging.getLogger(__name__)
-
 RunOnWorker = Callable[[str, bytes, str, dict[str, Any]], Awaitable[bytes]]
 """(method, arguments, principal, provider data) → what it gave; all but the principal as JSON. Raises NoAnswer."""
 
 
 class NoAnswer(Exception):
-    """The method failed, or no worker could run it. `status_code` and `headers` are what HTTP clients get."""
+    """The method failed, or no worker could run it. HTTP clients get `status_code`, `headers` and `detail`: a text, or
+    what llama_stack makes of a ValidationError."""
 
-    def __init__(self, message: str, status_code: int, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, detail: Any, status_code: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
         self.status_code = status_code
         self.headers = headers
 
@@ -48,7 +48,7 @@ def on_worker(implementation: Callable[..., Any], method: str, run: RunOnWorker)
     @functools.wraps(implementation)
     async def call(**given: Any) -> Any:
         content = arguments(**given).model_dump_json(by_alias=True).encode()
-        members = {name: value for name, value in (PROVIDER_DATA_VAR.get() or {}).items() if name[:2] != "__"}
+        members = told_members(PROVIDER_DATA_VAR.get() or {})
         return json.loads(await run(method, content, acting_principal() or LOCAL_PRINCIPAL, members))
 
     call.__signature__ = inspect.signature(implementation)  # type: ignore[attr-defined]
@@ -56,20 +56,14 @@ def on_worker(implementation: Callable[..., Any], method: str, run: RunOnWorker)
 
 
 async def call(tool_runtime: Any, method: str, arguments: bytes) -> bytes:
-    """What a method of the worker's own stack gives. Raises NoAnswer; what is not the caller's fault is logged."""
+    """What a method of the worker's own stack gives. Raises NoAnswer."""
     implementation = getattr(tool_runtime, method)
     try:
         given = _arguments(implementation).model_validate_json(arguments)
         return to_json(await implementation(**{name: getattr(given, name) for name in type(given).model_fields}))
     except Exception as error:
         translated = server.translate_exception(error)
-        if translated.status_code >= 500:
-            log.error("%s failed", method, exc_info=error)
-        raise NoAnswer(_told(translated), translated.status_code) from error
-
-
-def _told(error: Any) -> str:
-    return error.detail if isinstance(error.detail, str) else json.dumps(error.detail)
+        raise NoAnswer(translated.detail, translated.status_code) from error
 
 
 @functools.cache

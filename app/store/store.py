@@ -25,6 +25,7 @@ TRANSACTION_SECONDS = 5
 """How long a transaction may take, unless its store says otherwise: beyond, Postgres counts as not answering."""
 THREAD_WAIT_SECONDS = 5
 """How long a transaction waits for one of its store's threads while Postgres answers nobody."""
+RETRY_SECONDS = 0.5
 IDLE_SECONDS = 3
 """Postgres ends a transaction whose client is silent for so long: the locks of one that was stopped, or vanished with
 its machine, must not hold everybody else up. The longest that we do between two statements is to raise a fence (2 s).
@@ -159,6 +160,24 @@ class Store:
             answer.cancel()
             raise
         return await answer
+
+    async def run_until_known(
+        self, query: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """`run` of what does no harm twice and takes its own lock: an unknown outcome is asked for until it is known.
+
+        Raises Unavailable: nothing was committed.
+        """
+        unknown = False
+        while True:
+            try:
+                return await self.run(query, *args, **kwargs)
+            except OutcomeUnknown:
+                unknown = True
+            except Unavailable:
+                if not unknown:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _begun_or_withdrawn(self, asked: Future[R], answer: asyncio.Future[R]) -> None:
         """Raises Unavailable: it was withdrawn."""

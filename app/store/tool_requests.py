@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from app.store.tables import registry_version, seconds, tool_requests, workers
 from app.store.workers import BATCH, due_to_ring
@@ -39,7 +40,7 @@ class ToolRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """`status`: HTTP's. `body`: JSON of what the method gave (200), or of the text that says why it gave nothing."""
+    """`status`: HTTP's. `body`: JSON of what the method gave (200), or of what says why it gave nothing."""
 
     status: int
     body: bytes
@@ -58,8 +59,9 @@ class Standing:
 def add(
     connection: Connection, request_id: str, owner: str, method: str, arguments: bytes, sealed: bytes | None
 ) -> None:
+    """Does nothing if it is there already, as after a lost reply."""
     row = {"request_id": request_id, "owner": owner, "method": method, "arguments": arguments, "sealed": sealed}
-    connection.execute(insert(tool_requests).values(row))
+    connection.execute(insert(tool_requests).values(row).on_conflict_do_nothing())
 
 
 def claim(connection: Connection, request_id: str, worker_id: str) -> ToolRequest | None:
@@ -141,9 +143,17 @@ def to_ring(connection: Connection, *, backing_off: bool, at_most: int = BATCH) 
 
 
 def forget_abandoned(connection: Connection, max_wait_seconds: float) -> int:
-    """Deletes those that no web process asks for any more, as it has died. What runs stays: it may take long."""
+    """Deletes some of those that no web process asks for any more, as it died. What runs stays: it may take long."""
     left = and_(~_ENDED, or_(_WAITS, ~_LIVE_WORKER), _before(tool_requests.c.created_at, max_wait_seconds))
-    return connection.execute(delete(tool_requests).where(or_(left, _before(tool_requests.c.ended_at, 0)))).rowcount
+    old = (
+        select(tool_requests.c.request_id)
+        # Not by the clock, which is volatile, so that Postgres would look at every request.
+        .where(tool_requests.c.created_at < func.now() - seconds(KEEP_SECONDS))
+        .where(or_(left, _before(tool_requests.c.ended_at, 0)))
+        .limit(BATCH)
+        .with_for_update(skip_locked=True)
+    )
+    return connection.execute(delete(tool_requests).where(tool_requests.c.request_id.in_(old))).rowcount
 
 
 def _before(time: ColumnElement[Any], wait_seconds: float) -> ColumnElement[bool]:

@@ -1,6 +1,6 @@
 """A vector database of one's own, filled once and searched by the agent: `builtin::rag` on pgvector.
 
-What this program inserts through the web process is found by the next turn on every worker.
+What this program inserts is found by the next turn on every worker.
 """
 
 from uuid import uuid4

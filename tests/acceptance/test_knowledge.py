@@ -229,6 +229,13 @@ def test_a_document_inserted_again_takes_the_place_of_the_first(system: System) 
     assert contents(system, db) == ["camels number"] * 2
 
 
+def test_what_a_worker_finds_wrong_is_told_as_llama_stack_tells_it(system: System) -> None:
+    body = {"vector_db_id": database(system), "documents": [document("camels")], "chunk_size_in_tokens": -1}
+    told = call(system, "POST", "/v1/tool-runtime/rag-tool/insert", json=body)
+    assert told.status_code == 400, told.text
+    assert told.json()["detail"]["errors"][0]["loc"] == ["max_chunk_size_tokens"]
+
+
 def test_many_databases_are_registered_at_once(system: System) -> None:
     """More than a web process has threads, on each of two; the same one by all: it is one."""
     names = [f"db-{uuid.uuid4().hex[:8]}" for _ in range(8)] + ["shared"] * 8

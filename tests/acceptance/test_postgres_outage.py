@@ -27,6 +27,7 @@ from app.store import migrate
 from tests.acceptance.conftest import Agent, AgentMaker, Caravan, queue
 from tests.acceptance.test_turns import BOILING_POINT
 from tests.support import wait_until
+from tests.support.mcp_server import McpServer
 from tests.support.nodes import PREFORK, TURN_POOL, web_process, worker_node
 from tests.support.proxy import TcpProxy
 from tests.support.scripted_model import ScriptedModel
@@ -252,6 +253,26 @@ def test_turns_wait_for_postgres_and_go_on(
 ) -> None:
     """Killed and restarted, stopped with SIGSTOP and continued, unreachable: each for ten seconds."""
     turns_wait_and_go_on(caravan, make_agent, http, model, outage)
+
+
+@pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)
+def test_a_tool_request_is_answered_after_the_outage(caravan: Fragile) -> None:
+    """The web process goes on asking, and the worker goes on answering; the tool is called once."""
+    with McpServer() as mcp, ThreadPoolExecutor(1) as threads:
+        group = {"toolgroup_id": "mcp::outage", "provider_id": "model-context-protocol"}
+        endpoint = {"mcp_endpoint": {"uri": mcp.url}}
+        httpx.post(f"{caravan.url}/v1/toolgroups", json=group | endpoint, timeout=30).raise_for_status()
+        call = {"tool_name": "order", "kwargs": {"key": "k", "hold": "outage"}}
+        answer = threads.submit(httpx.post, f"{caravan.url}/v1/tool-runtime/invoke", json=call, timeout=120)
+        mcp.wait_held("outage", timeout=60)
+        with killed(caravan):
+            mcp.release("outage")
+            wait_until(lambda: "the answers of tools wait" in caravan.web.output(), 60)
+            wait_until(lambda: "the answer of tool request" in str(caravan.worker.logs()), 60)
+        assert answer.result().status_code == 200
+        assert mcp.counts() == {"k": 1}
+        wait_until(lambda: caravan.rows("SELECT count(*) FROM tool_requests") == [(0,)], 30)
+        httpx.delete(f"{caravan.url}/v1/toolgroups/mcp::outage", timeout=30).raise_for_status()
 
 
 @pytest.mark.parametrize("caravan", ["turn-pool"], indirect=True)

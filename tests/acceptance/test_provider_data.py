@@ -292,6 +292,9 @@ def test_a_tool_is_called_by_hand(system: System, search: SearchServer, mcp: Mcp
     given = {HEADER: json.dumps({"tavily_search_api_key": "tvly-of-the-user"})}
     refused = httpx.post(f"{system.without_sealing}/v1/tool-runtime/invoke", json=call, headers=given, timeout=60)
     assert (refused.status_code, "SEALING_KEYS" in refused.text) == (400, True)
+    nothing = {HEADER: json.dumps({"tavily_search_api_key": "", "mcp_headers": {}})}
+    served = httpx.post(f"{system.without_sealing}/v1/tool-runtime/invoke", json=call, headers=nothing)
+    assert served.status_code == 200, served.text
 
 
 # --- MCP servers ---

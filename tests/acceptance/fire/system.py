@@ -230,14 +230,19 @@ class System:
     def consume(self, name: str) -> None:
         self._control("add_consumer", name)
 
-    def _control(self, command: str, name: str) -> None:
+    def revoke(self, task: str) -> None:
+        """`celery control revoke` with `--terminate`, of all workers."""
+        for name in self.workers:
+            self._control("revoke", name, task, terminate=True)
+
+    def _control(self, command: str, name: str, argument: str = QUEUE, **options: object) -> None:
         """Asks until the worker answers: one that has just started or lost its connection does not hear everything."""
         celery, destination = Celery(broker=self.env["REDIS_URL"]), [f"{name}@{socket.gethostname()}"]
 
         def answered() -> Any:
             with celery.connection_for_write() as connection:  # a new one: those of a pool may have been cut
                 ask = getattr(celery.control, command)
-                return ask(QUEUE, destination=destination, reply=True, timeout=1, connection=connection)
+                return ask(argument, destination=destination, reply=True, timeout=1, connection=connection, **options)
 
         wait_until(answered, PATIENCE_SECONDS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import signal
 import threading
 import uuid
@@ -13,7 +15,10 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from pydantic import SecretStr
 
+from app.dispatch import QUEUE
+from app.identity.sealing import Sealing
 from app.local.valkey import Valkey
 from app.store.tool_requests import KEEP_SECONDS
 from tests.acceptance.fire.system import System
@@ -92,20 +97,45 @@ def test_a_request_waits_for_a_worker(system: System, mcp: McpServer, tool: str,
     for name in system.workers:
         system.stop_consuming(name)
     lost, doubled = invoke(system.urls[0], tool, key="lost"), invoke(system.urls[1], tool, key="doubled")
-    wait_until(lambda: queue.llen("caravan.turns") >= 2, PATIENCE_SECONDS)
+    wait_until(lambda: queue.llen(QUEUE) >= 2, PATIENCE_SECONDS)
     ids = {row["request_id"]: b"doubled" in bytes(row["arguments"]) for row in waiting(system)}
     kept = [
         message
-        for message in queue.lrange("caravan.turns", 0, -1)
+        for message in queue.lrange(QUEUE, 0, -1)
         if any(is_doubled and str(request_id).encode() in message for request_id, is_doubled in ids.items())
     ]
-    queue.delete("caravan.turns")
-    queue.lpush("caravan.turns", *(20 * kept))
+    queue.delete(QUEUE)
+    queue.lpush(QUEUE, *(20 * kept))
     for name in system.workers:
         system.consume(name)
     assert [answer.result(PATIENCE_SECONDS).status_code for answer in (lost, doubled)] == [200, 200]
-    wait_until(lambda: not queue.llen("caravan.turns"), PATIENCE_SECONDS)
+    wait_until(lambda: not queue.llen(QUEUE), PATIENCE_SECONDS)
     assert mcp.counts() == {"lost": 1, "doubled": 1}
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_revoking_its_task_does_not_cancel_a_request(
+    system: System, mcp: McpServer, tool: str, *, starts: bool
+) -> None:
+    """Before it starts the message is dropped, and upkeep rings again; then it is left alone."""
+    queue, hold = redis.Redis.from_url(system.env["REDIS_URL"]), uuid.uuid4().hex
+    for name in system.workers:
+        system.stop_consuming(name)
+    answer = invoke(system.urls[0], tool, key="k", hold=hold)
+    wait_until(lambda: queue.llen(QUEUE), PATIENCE_SECONDS)
+    task = json.loads(queue.lrange(QUEUE, 0, 0)[0])["headers"]["id"]
+    if not starts:
+        system.revoke(task)
+    for name in system.workers:
+        system.consume(name)
+    mcp.wait_held(hold, timeout=PATIENCE_SECONDS)
+    if starts:
+        system.revoke(task)
+        wait_until(lambda: any("goes on" in worker.output() for worker in system.workers.values()), PATIENCE_SECONDS)
+    mcp.release(hold)
+    assert answer.result(PATIENCE_SECONDS).status_code == 200
+    assert mcp.counts() == {"k": 1}
+    assert not any("was revoked; it was found" in worker.output() for worker in system.workers.values())
 
 
 def test_tools_work_while_the_broker_is_down(system: System, mcp: McpServer, tool: str, fire_valkey: Valkey) -> None:
@@ -159,18 +189,41 @@ def test_secrets_are_sealed_until_the_answer(system: System, mcp: McpServer, too
     """And are what the tool gets."""
     secret = f"secret-{uuid.uuid4().hex}"
     data = f'{{"mcp_headers": {{"{mcp.url}": {{"X-Token": "{secret}"}}}}}}'
+    queue = redis.Redis.from_url(system.env["REDIS_URL"])
+    for name in system.workers:
+        system.stop_consuming(name)
     held = invoke(system.urls[0], tool, {HEADERS: data}, key="k", hold="sealed")
+    wait_until(lambda: queue.llen(QUEUE), PATIENCE_SECONDS)
+    message = json.loads(queue.lrange(QUEUE, 0, 0)[0])
+    arguments = json.loads(base64.b64decode(message["body"]))[:2]
+    for name in system.workers:
+        system.consume(name)
     mcp.wait_held("sealed", timeout=PATIENCE_SECONDS)
     row = waiting(system)[0]
-    queue = redis.Redis.from_url(system.env["REDIS_URL"])
+    assert arguments == [[str(row["request_id"])], {}]
+    assert secret not in str(message)
     assert row["sealed"] is not None
     assert secret.encode() not in b"".join(bytes(row[name] or b"") for name in ("sealed", "arguments"))
     mcp.release("sealed")
     assert held.result(PATIENCE_SECONDS).status_code == 200
-    assert secret not in str(queue.lrange("caravan.turns", 0, -1))
     echoed = invoke(system.urls[1], "echo_header", {HEADERS: data}, name="x-token", fail=False).result()
     assert "[secret]" in echoed.text
     assert secret not in echoed.text
+
+
+def test_a_worker_that_fails_says_so(system: System) -> None:
+    """Here by what a newer web process sealed. As the worker lives on, nobody would take the request for lost."""
+    request_id = str(uuid.uuid4())
+    sealed = Sealing([SecretStr(key) for key in system.env["SEALING_KEYS"].split(",")]).seal({"novel": {}}, request_id)
+    system.execute(
+        "INSERT INTO tool_requests (request_id, owner, method, arguments, sealed)"
+        " VALUES (:request_id, 'local', 'invoke_tool', '{}', :sealed)",
+        request_id=request_id,
+        sealed=sealed,
+    )
+    wait_until(lambda: waiting(system)[0]["status"] == 500, PATIENCE_SECONDS)
+    assert waiting(system)[0]["sealed"] is None
+    system.execute("DELETE FROM tool_requests")
 
 
 def test_without_a_worker_the_client_is_told_so(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL, make_url
 
 from app.domain.errors import OutcomeUnknown, Unavailable
-from app.store import Store
+from app.store import Store, tool_requests
 from app.store.store import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, THREAD_WAIT_SECONDS
+from tasks.tool_requests import claim
 from tests.integration.store.seeds import Seeds
 from tests.support import wait_until
 from tests.support.proxy import TcpProxy
@@ -209,3 +212,50 @@ async def test_a_cancelled_caller_is_cancelled(quick: Store, proxy: TcpProxy) ->
     with pytest.raises(asyncio.CancelledError):
         await asking
     proxy.flow()
+
+
+@pytest.mark.parametrize("query", ["add", "claim"])
+async def test_a_tool_request_whose_commit_reply_was_lost(
+    through: URL, seeds: Seeds, proxy: TcpProxy, query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres then refuses connections for a while: what may have been done is not given up, or said to have failed.
+
+    Otherwise a client makes its request again beside the one that runs, or waits for a worker that does not know of it.
+    """
+    request_id, worker = str(uuid.uuid4()), seeds.worker()
+    asked = (request_id, "alice", "invoke_tool", b"{}", None)
+    if query == "claim":
+        seeds.store.transact(tool_requests.add, *asked)
+    store = Store(through, pool_size=1, name="quick")
+    store.transact(ping)
+    run, refused = store.run, asyncio.Event()
+
+    async def watched(*args: Any) -> Any:
+        try:
+            return await run(*args)
+        except Unavailable as error:
+            if not isinstance(error, OutcomeUnknown):
+                refused.set()
+            raise
+
+    monkeypatch.setattr(store, "run", watched)
+    proxy.refuse()  # connections that come
+    proxy.lose_reply_after(b"COMMIT")
+    twice: Any = (
+        store.run_until_known(tool_requests.add, *asked) if query == "add" else claim(store, request_id, worker)
+    )
+    asking = asyncio.create_task(twice)
+    await asyncio.wait_for(refused.wait(), 30)
+    proxy.accept()
+    claimed = await asking
+    assert seeds.scalar(f"SELECT count(*) FROM tool_requests WHERE request_id = '{request_id}'") == 1
+    assert query == "add" or claimed.worker_id == worker
+    store.close()
+
+
+async def test_a_tool_request_that_was_never_stored_is_refused(through: URL, proxy: TcpProxy) -> None:
+    store = Store(through, pool_size=1, name="quick")
+    proxy.refuse()
+    with pytest.raises(Unavailable):
+        await store.run_until_known(tool_requests.add, str(uuid.uuid4()), "alice", "invoke_tool", b"{}", None)
+    store.close()

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, event, text
 
 from app.domain.errors import TurnFailure
 from app.domain.turns import TurnStatus
-from app.store import Store, admission, agents, claims, conversations, prune, responses, turns, workers
+from app.store import Store, admission, agents, claims, conversations, prune, responses, tool_requests, turns, workers
 from tests.integration.store.asking import Asking
 from tests.integration.store.seeds import OWNER, Seeds, inference_step, next_event, no_redis
 
@@ -28,6 +28,7 @@ UNDER_WAY = re.compile(r"ix_turns_(queued|unfinished|worker|deadline|unwanted|ac
 """Indexes of the turns that are under way; which of them is cheapest depends on what was there before."""
 GROWING = {
     "turns", "event_segments", "journal", "tool_calls", "sessions", "agents", "idempotency_keys", "session_items",
+    "tool_requests",
 }  # fmt: skip
 
 
@@ -154,6 +155,16 @@ def test_resuming_cancelling_and_pruning_read_by_index(crowded: Seeds) -> None:
         lambda connection: prune.prune_sessions(connection, 86_400, session_id),
         lambda connection: turns.session_turns(connection, session_id),
         lambda connection: agents.purge_deleted(connection, 0, 10),
+    ]
+    for query in queries:
+        assert_indexed(crowded.store, query)
+
+
+def test_upkeep_reads_tool_requests_by_index(crowded: Seeds) -> None:
+    """As many are there as wait and run; each process asks every few seconds."""
+    queries: list[Callable[[Connection], Any]] = [
+        partial(tool_requests.to_ring, backing_off=True),
+        lambda connection: tool_requests.forget_abandoned(connection, 300),
     ]
     for query in queries:
         assert_indexed(crowded.store, query)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from app.store import Store, tool_requests, workers
 from app.store.tool_requests import KEEP_SECONDS, Answer, Standing
@@ -75,6 +75,25 @@ def test_a_request_that_no_worker_takes_is_late(store: Store) -> None:
     age(store, KEEP_SECONDS)
     store.transact(tool_requests.forget_abandoned, WAIT)
     assert standing(store, second) == Standing(lost=True)
+
+
+def test_a_request_that_somebody_holds_does_not_stop_the_others_forgetting(store: Store, seeds: Seeds) -> None:
+    """Upkeep would take the wait for a slow Postgres, and for a while nobody for dead."""
+    held, other, worker = request(store), request(store), seeds.worker()
+    for request_id in (held, other):
+        store.transact(tool_requests.claim, request_id, worker)
+        store.transact(tool_requests.finish, request_id, worker, Answer(200, b"1"))
+    age(store, KEEP_SECONDS + 1)
+    with store.engine.begin() as holding:
+        holding.execute(text("SELECT 1 FROM tool_requests WHERE request_id = :id FOR UPDATE"), {"id": held})
+        store.transact(patiently, WAIT)
+        assert standing(store, other) == Standing(lost=True)
+    assert standing(store, held) == Standing(Answer(200, b"1"))
+
+
+def patiently(connection: Connection, wait: float) -> None:
+    connection.execute(text("SET LOCAL lock_timeout = '1s'"))
+    tool_requests.forget_abandoned(connection, wait)
 
 
 def test_what_runs_long_and_an_answer_that_is_fresh_are_kept(store: Store, seeds: Seeds) -> None:

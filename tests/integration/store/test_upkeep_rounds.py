@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -17,7 +18,7 @@ from app.endings import Endings
 from app.events.log import SyncLog
 from app.local.valkey import Valkey
 from app.settings import Settings, get_settings
-from app.store import workers
+from app.store import tool_requests, workers
 from app.upkeep import Upkeep
 from tests.integration.store.seeds import Seeds, unhurried
 from tests.support import wait_until
@@ -117,3 +118,39 @@ def test_a_slow_query_makes_a_process_distrust_itself(seeds: Seeds, settings: Se
             wait_until(lambda: time.monotonic() > trust_after)
         round_.result(60)
     assert upkeep._trust_after > trust_after
+
+
+class Room:
+    """A worker's runtime with room for one, which has not begun yet what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def room(self) -> int:
+        return 1
+
+    def run_unrung(self, turn_id: str) -> None:
+        self.given.append(turn_id)
+
+    def run_tool_unrung(self, request_id: str) -> None:
+        self.given.append(request_id)
+
+
+def test_without_the_broker_a_worker_takes_no_more_than_it_has_room_for(
+    seeds: Seeds, settings: Settings, endings: Endings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn and a tool request wait."""
+    request_id = str(uuid.uuid4())
+    seeds.age(seeds.turn(), "rung_at", 10)
+    seeds.store.transact(tool_requests.add, request_id, "alice", "invoke_tool", b"{}", None)
+    with seeds.store.engine.begin() as connection:
+        connection.execute(text("UPDATE tool_requests SET rung_at = rung_at - interval '10 s'"))
+    with monkeypatch.context() as broken:
+        broken.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+        broken.delitem(sys.modules, "celeryconfig", raising=False)
+        get_settings.cache_clear()
+        doorbell, runner = Doorbell(), Room()
+        Upkeep(settings, Endings(seeds.store, endings.log, doorbell), runner)._ring()
+        doorbell.close()
+    seeds.store.transact(tool_requests.withdraw, request_id)
+    assert len(runner.given) == 1

@@ -58,7 +58,7 @@ async def test_what_a_tool_gives_is_the_answer() -> None:
 
 async def test_a_tool_that_takes_too_long() -> None:
     told = await answered(settings(tool_timeout_seconds=0.01), "hang")
-    assert told == Answer(504, b"The tool took longer than 0.01 s (TOOL_TIMEOUT_SECONDS).")
+    assert told == Answer(504, b'"The tool took longer than 0.01 s (TOOL_TIMEOUT_SECONDS)."')
 
 
 async def test_a_result_that_is_too_large() -> None:
@@ -76,7 +76,7 @@ async def test_a_result_that_is_too_large() -> None:
 )
 async def test_a_tool_that_fails(kind: str, status: int, told: str) -> None:
     """As llama_stack's server tells it."""
-    assert await answered(settings(), "fail", kind=kind, message="camels") == Answer(status, told.encode())
+    assert await answered(settings(), "fail", kind=kind, message="camels") == Answer(status, json.dumps(told).encode())
 
 
 async def test_secrets_are_hidden_from_the_answer() -> None:
@@ -87,7 +87,17 @@ async def test_secrets_are_hidden_from_the_answer() -> None:
     told = await answered(settings(), "repeat", sealed=sealed, value="with tvly-0123456789")
     assert json.loads(told.body) == {"content": "with [secret]"}
     failed = await answered(settings(), "fail", sealed=sealed, kind="ValueError", message="with tvly-0123456789")
-    assert failed.body == b"Invalid value: with [secret]"
+    assert failed.body == b'"Invalid value: with [secret]"'
+
+
+async def test_secrets_are_hidden_from_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A server's URL with a key in it is in the error of a request that failed."""
+    secrets = Secrets({"wolfram_alpha_api_key": "appid-0123456789"})
+    sealed = secrets.sealed(Sealing(settings().sealing_keys), REQUEST_ID)
+    told = await answered(settings(), "fail", sealed=sealed, kind="KeyError", message="?appid=appid-0123456789")
+    assert told.status == 500
+    assert "KeyError: '?appid=[secret]'" in caplog.text
+    assert "appid-0123456789" not in caplog.text
 
 
 async def test_secrets_that_this_worker_cannot_open() -> None:
