@@ -60,7 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as opened:
             app.state.service = service = await _open(settings, store, opened)
-            tools = ToolRequests(settings, store, service.doorbell)
+            tools = ToolRequests(service)
             opened.push_async_callback(tools.close)
             await opened.enter_async_context(stack_lifespan(stack, tools.run))
             settle_memory()

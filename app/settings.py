@@ -113,10 +113,14 @@ class Settings(BaseSettings):
         default=100, ge=1, description="Turns of one session that may be queued or running; 429 beyond."
     )
     max_turns_per_principal: int = Field(
-        default=1000, ge=1, description="Turns of one principal that may be queued or running; 429 beyond."
+        default=1000,
+        ge=1,
+        description="Turns of one principal that may be queued or running, and as many tool requests; 429 beyond.",
     )
     max_turns: int = Field(
-        default=10_000, ge=1, description="Turns of everyone that may be queued or running; 429 beyond."
+        default=10_000,
+        ge=1,
+        description="Turns of everyone that may be queued or running, and as many tool requests; 429 beyond.",
     )
     max_worker_losses: int = Field(
         default=3, ge=1, description="Losses of a worker, with no step recorded in between, after which a turn fails."

@@ -12,13 +12,11 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from app.dispatch import Doorbell
-from app.domain.errors import InvalidRequest, Unavailable
-from app.identity.sealing import Sealing
+from app.api.service import Service
+from app.domain.errors import InvalidRequest, TooManyTurns, Unavailable
 from app.identity.secrets import Secrets
-from app.settings import Settings
 from app.stack.tool_requests import INVOKE, NoAnswer
-from app.store import Store, tool_requests, workers
+from app.store import tool_requests, workers
 from app.store.tool_requests import Answer, Standing
 
 logger = logging.getLogger(__name__)
@@ -28,6 +26,7 @@ RETRY_SECONDS = 0.5
 MAX_BYTES = 67_108_864
 """Of a request's arguments. A document in them has a limit of its own (DOCUMENT_MAX_BYTES)."""
 
+LATER = {"Retry-After": "2"}
 NO_RETRY = {"x-should-retry": "false"}
 """Told to the SDKs, which make a request that failed with 5xx again by themselves."""
 
@@ -35,10 +34,11 @@ NO_RETRY = {"x-should-retry": "false"}
 class ToolRequests:
     """Of one web process. `run` is `app.stack.tool_requests.RunOnWorker`."""
 
-    def __init__(self, settings: Settings, store: Store, doorbell: Doorbell) -> None:
-        self._settings = settings
-        self._store = store
-        self._doorbell = doorbell
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._store = service.store
+        self.max_wait_seconds = service.settings.max_queue_wait_seconds
+        self._unanswered: set[str] = set()
         self._waiting: dict[str, asyncio.Future[Standing]] = {}
         self._asking: asyncio.Task[None] | None = None
 
@@ -48,13 +48,17 @@ class ToolRequests:
             raise NoAnswer(f"The request's arguments have {len(arguments)} bytes, and may have {MAX_BYTES}.", 413)
         request_id = str(uuid.uuid4())
         try:
-            sealed = Secrets(provider_data).sealed(Sealing(self._settings.sealing_keys), request_id)
-            await self._store.run_until_known(tool_requests.add, request_id, principal, method, arguments, sealed)
+            sealed = self._service.sealed(Secrets(provider_data), request_id)
+            row = (request_id, principal, method, arguments, sealed, self._service.caps)
+            await self._store.run_until_known(tool_requests.add, *row)
         except InvalidRequest as error:
             raise NoAnswer(str(error), 400) from error
+        except TooManyTurns as error:
+            raise NoAnswer(str(error), 429, LATER) from error
         except Unavailable as error:
-            raise NoAnswer(str(error), 503, {"Retry-After": "2"}) from error
-        await asyncio.to_thread(self._doorbell.ring_for_tool, request_id)
+            raise NoAnswer(str(error), 503, LATER) from error
+        self._unanswered.add(request_id)
+        await asyncio.to_thread(self._service.doorbell.ring_for_tool, request_id)
         return await self._answer(request_id, method)
 
     async def _answer(self, request_id: str, method: str) -> bytes:
@@ -92,24 +96,26 @@ class ToolRequests:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_once(self) -> None:
-        wait = self._settings.max_queue_wait_seconds
-        found = await self._store.run(tool_requests.standings, list(self._waiting), wait)
+        found = await self._store.run(tool_requests.standings, list(self._waiting), self.max_wait_seconds)
         for request_id, standing in found.items():
             waiting = self._waiting.get(request_id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(standing)
         if over := [request_id for request_id, standing in found.items() if standing.answer or standing.lost]:
+            self._unanswered.difference_update(over)
             await self._store.run(tool_requests.forget, over)
 
     async def _withdrawn(self, request_id: str) -> bool:
         try:
-            return await self._store.run(tool_requests.withdraw, request_id)
+            withdrawn = await self._store.run(tool_requests.withdraw, request_id)
         except Unavailable:
             return False
+        if withdrawn:
+            self._unanswered.discard(request_id)
+        return withdrawn
 
     async def _why_late(self) -> str:
-        wait = self._settings.max_queue_wait_seconds
-        message = f"No worker took the request within {wait:g} s (MAX_QUEUE_WAIT_SECONDS)"
+        message = f"No worker took the request within {self.max_wait_seconds:g} s (MAX_QUEUE_WAIT_SECONDS)"
         try:
             live = len(await self._store.run(workers.live_workers))
         except Unavailable:
@@ -117,6 +123,9 @@ class ToolRequests:
         return f"{message}: {workers.why_nobody_took_it(live)}."
 
     async def close(self) -> None:
+        """What no worker has taken is withdrawn: nobody here can tell its answer, and its client makes it again."""
+        for request_id in list(self._unanswered):
+            await self._withdrawn(request_id)
         if self._asking is not None:
             self._asking.cancel()
             with suppress(asyncio.CancelledError):

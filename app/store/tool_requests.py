@@ -13,6 +13,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 
+from app.domain.errors import TooManyTurns
+from app.store.admission import Caps
 from app.store.tables import registry_version, seconds, tool_requests, workers
 from app.store.workers import BATCH, due_to_ring
 
@@ -57,11 +59,27 @@ class Standing:
 
 
 def add(
-    connection: Connection, request_id: str, owner: str, method: str, arguments: bytes, sealed: bytes | None
+    connection: Connection,
+    request_id: str,
+    owner: str,
+    method: str,
+    arguments: bytes,
+    sealed: bytes | None,
+    caps: Caps,
 ) -> None:
-    """Does nothing if it is there already, as after a lost reply."""
+    """Does nothing if it is there already, as after a lost reply.
+
+    Raises TooManyTurns: as many wait or run as turns may; those that are added at this moment are not seen.
+    """
     row = {"request_id": request_id, "owner": owner, "method": method, "arguments": arguments, "sealed": sealed}
-    connection.execute(insert(tool_requests).values(row).on_conflict_do_nothing())
+    if connection.execute(insert(tool_requests).values(row).on_conflict_do_nothing()).rowcount == 0:
+        return
+    own = func.count().filter(tool_requests.c.owner == owner)
+    counts = connection.execute(select(own.label("own"), func.count().label("all")).where(~_ENDED)).one()
+    if counts.own > caps.principal:
+        raise TooManyTurns(f"You have {caps.principal} tool requests waiting or running (MAX_TURNS_PER_PRINCIPAL)")
+    if counts.all > caps.total:
+        raise TooManyTurns(f"There are {caps.total} tool requests waiting or running (MAX_TURNS)")
 
 
 def claim(connection: Connection, request_id: str, worker_id: str) -> ToolRequest | None:

@@ -242,6 +242,35 @@ def test_without_a_worker_the_client_is_told_so(
     assert "x-should-retry" not in told.headers
 
 
+def test_a_web_process_that_stops_withdraws_what_no_worker_has(
+    system: System, mcp: McpServer, tool: str, tmp_path: Path
+) -> None:
+    """Its client asks another one, so it must not be run for the first as well."""
+    for name in ("a", "b"):
+        system.stop_consuming(name)
+    url, web = web_process({**system.env, "WEB_GRACE_SECONDS": "0.1"}, tmp_path / "web.log")
+    with web:
+        answer = invoke(url, tool, key="k")
+        wait_until(lambda: waiting(system))
+    assert isinstance(answer.exception(PATIENCE_SECONDS), httpx.HTTPError)
+    assert not waiting(system)
+
+
+def test_tool_requests_have_caps(system: System, mcp: McpServer, tool: str, tmp_path: Path) -> None:
+    """Those of turns; what has ended does not count."""
+    url, web = web_process({**system.env, "MAX_TURNS_PER_PRINCIPAL": "1"}, tmp_path / "web.log")
+    with web:
+        held = invoke(url, tool, key="k", hold="caps")
+        mcp.wait_held("caps")
+        refused = invoke(url, tool, key="l").result(PATIENCE_SECONDS)
+        assert (refused.status_code, "MAX_TURNS_PER_PRINCIPAL" in refused.text) == (429, True)
+        assert refused.headers["retry-after"]
+        mcp.release("caps")
+        assert held.result(PATIENCE_SECONDS).status_code == 200
+        assert invoke(url, tool, key="m").result(PATIENCE_SECONDS).status_code == 200
+    assert mcp.counts() == {"k": 1, "m": 1}
+
+
 def test_many_wait_at_once(system: System, mcp: McpServer, tool: str) -> None:
     """More than a web process has connections, and its workers room."""
     with ThreadPoolExecutor(MANY) as threads:

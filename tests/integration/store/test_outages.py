@@ -17,7 +17,7 @@ from app.domain.errors import OutcomeUnknown, Unavailable
 from app.store import Store, tool_requests
 from app.store.store import CONNECT_TIMEOUT_SECONDS, IDLE_SECONDS, THREAD_WAIT_SECONDS
 from tasks.tool_requests import claim
-from tests.integration.store.seeds import Seeds
+from tests.integration.store.seeds import NO_CAPS, Seeds
 from tests.support import wait_until
 from tests.support.proxy import TcpProxy
 
@@ -223,7 +223,7 @@ async def test_a_tool_request_whose_commit_reply_was_lost(
     Otherwise a client makes its request again beside the one that runs, or waits for a worker that does not know of it.
     """
     request_id, worker = str(uuid.uuid4()), seeds.worker()
-    asked = (request_id, "alice", "invoke_tool", b"{}", None)
+    asked: Any = (request_id, "alice", "invoke_tool", b"{}", None, NO_CAPS)
     if query == "claim":
         seeds.store.transact(tool_requests.add, *asked)
     store = Store(through, pool_size=1, name="quick")
@@ -256,6 +256,7 @@ async def test_a_tool_request_whose_commit_reply_was_lost(
 async def test_a_tool_request_that_was_never_stored_is_refused(through: URL, proxy: TcpProxy) -> None:
     store = Store(through, pool_size=1, name="quick")
     proxy.refuse()
+    asked = (str(uuid.uuid4()), "alice", "invoke_tool", b"{}", None, NO_CAPS)
     with pytest.raises(Unavailable):
-        await store.run_until_known(tool_requests.add, str(uuid.uuid4()), "alice", "invoke_tool", b"{}", None)
+        await store.run_until_known(tool_requests.add, *asked)
     store.close()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import text
 
+from app.api.service import Service
 from app.api.tool_requests import NO_RETRY, ToolRequests
 from app.dispatch import Doorbell
 from app.settings import Settings
@@ -17,9 +18,6 @@ from app.store import Store, tool_requests
 from app.store.tool_requests import Answer
 from tests.integration.store.seeds import Seeds
 from tests.support import wait_until
-
-WAIT_SECONDS = 3
-"""A busy machine may take as long to ask and to claim."""
 
 
 class Unheard:
@@ -35,25 +33,34 @@ class Unheard:
 
 
 def web(store: Store, doorbell: Unheard) -> ToolRequests:
-    given: dict[str, Any] = {"database_url": "postgresql://localhost/x", "max_queue_wait_seconds": WAIT_SECONDS}
-    return ToolRequests(Settings(_env_file=None, **given), store, cast(Doorbell, doorbell))
+    settings, none = Settings(_env_file=None, database_url="postgresql://localhost/x"), cast(Any, None)
+    return ToolRequests(Service(settings, store, none, cast(Doorbell, doorbell), none))
 
 
 Ask = Callable[[str], Awaitable[tuple[str, asyncio.Task[bytes]]]]
 
 
 @pytest.fixture
-async def ask(store: Store) -> AsyncIterator[Ask]:
+async def doorbell() -> Unheard:
+    return Unheard()
+
+
+@pytest.fixture
+async def tools(store: Store, doorbell: Unheard) -> AsyncIterator[ToolRequests]:
+    made = web(store, doorbell)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def ask(tools: ToolRequests, doorbell: Unheard) -> Ask:
     """Makes a request: its id, once it is stored and rung for, and its answer."""
-    doorbell = Unheard()
-    tools = web(store, doorbell)
 
     async def asked(method: str) -> tuple[str, asyncio.Task[bytes]]:
         answer = asyncio.create_task(tools.run(method, b"{}", "alice", {}))
         return await doorbell.rung.get(), answer
 
-    yield asked
-    await tools.close()
+    return asked
 
 
 def rows(seeds: Seeds, request_id: str) -> Any:
@@ -77,18 +84,21 @@ async def test_sdks_do_not_call_a_tool_again_that_failed(
     assert (told.value.status_code, told.value.headers) == (status, headers)
 
 
-async def test_a_request_that_is_taken_at_the_last_moment_is_waited_for(ask: Ask, seeds: Seeds) -> None:
+async def test_a_request_that_is_taken_at_the_last_moment_is_waited_for(
+    tools: ToolRequests, ask: Ask, seeds: Seeds
+) -> None:
     """A worker takes it between the web process's look and its withdrawal."""
     worker = seeds.worker()
     request_id, answer = await ask(INVOKE)
     with seeds.store.engine.begin() as taking:
         assert tool_requests.claim(taking, request_id, worker)
         taking.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        tools.max_wait_seconds = 0
         withdrawing = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%DELETE%'"
-        await asyncio.to_thread(wait_until, lambda: seeds.scalar(withdrawing), 30)
+        await asyncio.to_thread(wait_until, lambda: seeds.scalar(withdrawing))
     seeds.store.transact(tool_requests.finish, request_id, worker, Answer(200, b"1"))
     assert await answer == b"1"
-    await asyncio.to_thread(wait_until, lambda: not rows(seeds, request_id), 30)
+    await asyncio.to_thread(wait_until, lambda: not rows(seeds, request_id))
 
 
 async def test_without_postgres_a_client_is_told_when_to_try_again() -> None:

@@ -8,14 +8,14 @@ from sqlalchemy import Connection, text
 
 from app.store import Store, tool_requests, workers
 from app.store.tool_requests import KEEP_SECONDS, Answer, Standing
-from tests.integration.store.seeds import OWNER, Seeds
+from tests.integration.store.seeds import NO_CAPS, OWNER, Seeds
 
 WAIT = 100.0
 
 
 def request(store: Store, *, sealed: bytes | None = None) -> str:
     request_id = str(uuid.uuid4())
-    store.transact(tool_requests.add, request_id, OWNER, "invoke_tool", b'{"a\\u0000": 1}', sealed)
+    store.transact(tool_requests.add, request_id, OWNER, "invoke_tool", b'{"a\\u0000": 1}', sealed, NO_CAPS)
     return request_id
 
 

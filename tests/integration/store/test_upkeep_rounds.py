@@ -20,7 +20,7 @@ from app.local.valkey import Valkey
 from app.settings import Settings, get_settings
 from app.store import tool_requests, workers
 from app.upkeep import Upkeep
-from tests.integration.store.seeds import Seeds, unhurried
+from tests.integration.store.seeds import NO_CAPS, Seeds, unhurried
 from tests.support import wait_until
 from tests.support.proxy import TcpProxy
 
@@ -142,7 +142,7 @@ def test_without_the_broker_a_worker_takes_no_more_than_it_has_room_for(
     """A turn and a tool request wait."""
     request_id = str(uuid.uuid4())
     seeds.age(seeds.turn(), "rung_at", 10)
-    seeds.store.transact(tool_requests.add, request_id, "alice", "invoke_tool", b"{}", None)
+    seeds.store.transact(tool_requests.add, request_id, "alice", "invoke_tool", b"{}", None, NO_CAPS)
     with seeds.store.engine.begin() as connection:
         connection.execute(text("UPDATE tool_requests SET rung_at = rung_at - interval '10 s'"))
     with monkeypatch.context() as broken:
