@@ -28,6 +28,8 @@ from tests.support.nodes import web_process
 
 HEADERS = "X-LlamaStack-Provider-Data"
 MANY = 16
+WORKERS = ("a", "b")
+"""Those of the fixture, which run; a test may have started others."""
 
 
 @pytest.fixture
@@ -79,11 +81,11 @@ def test_tools_are_run_by_workers(system: System, mcp: McpServer, tool: str) -> 
 def test_what_is_wrong_with_a_request_is_told(system: System, tool: str) -> None:
     """Wrong arguments at once, the tool's own failures as before."""
     url = f"{system.urls[0]}/v1/tool-runtime"
-    for name in system.workers:
+    for name in WORKERS:
         system.stop_consuming(name)
     wrong = httpx.post(f"{url}/invoke", json={"tool_name": 1, "kwargs": {}}, timeout=PATIENCE_SECONDS)
     assert (wrong.status_code, "tool_name" in wrong.text) == (400, True)
-    for name in system.workers:
+    for name in WORKERS:
         system.consume(name)
     unknown = invoke(system.urls[0], "no_such_tool").result()
     assert (unknown.status_code, "no_such_tool" in unknown.text) == (404, True)
@@ -94,7 +96,7 @@ def test_what_is_wrong_with_a_request_is_told(system: System, tool: str) -> None
 def test_a_request_waits_for_a_worker(system: System, mcp: McpServer, tool: str, fire_valkey: Valkey) -> None:
     """Its message is lost meanwhile, and another comes twenty times: it is run once."""
     queue = redis.Redis.from_url(system.env["REDIS_URL"])
-    for name in system.workers:
+    for name in WORKERS:
         system.stop_consuming(name)
     lost, doubled = invoke(system.urls[0], tool, key="lost"), invoke(system.urls[1], tool, key="doubled")
     wait_until(lambda: queue.llen(QUEUE) >= 2, PATIENCE_SECONDS)
@@ -106,7 +108,7 @@ def test_a_request_waits_for_a_worker(system: System, mcp: McpServer, tool: str,
     ]
     queue.delete(QUEUE)
     queue.lpush(QUEUE, *(20 * kept))
-    for name in system.workers:
+    for name in WORKERS:
         system.consume(name)
     assert [answer.result(PATIENCE_SECONDS).status_code for answer in (lost, doubled)] == [200, 200]
     wait_until(lambda: not queue.llen(QUEUE), PATIENCE_SECONDS)
@@ -119,14 +121,14 @@ def test_revoking_its_task_does_not_cancel_a_request(
 ) -> None:
     """Before it starts the message is dropped, and upkeep rings again; then it is left alone."""
     queue, hold = redis.Redis.from_url(system.env["REDIS_URL"]), uuid.uuid4().hex
-    for name in system.workers:
+    for name in WORKERS:
         system.stop_consuming(name)
     answer = invoke(system.urls[0], tool, key="k", hold=hold)
     wait_until(lambda: queue.llen(QUEUE), PATIENCE_SECONDS)
     task = json.loads(queue.lrange(QUEUE, 0, 0)[0])["headers"]["id"]
     if not starts:
         system.revoke(task)
-    for name in system.workers:
+    for name in WORKERS:
         system.consume(name)
     mcp.wait_held(hold, timeout=PATIENCE_SECONDS)
     if starts:
@@ -168,7 +170,7 @@ def test_a_worker_that_stops_first_finishes_its_requests(
     system.env_of_worker["patient"] = {"DRAIN_SECONDS": "60"}
     name = "patient" if finishes else "a"
     system.start_workers(name)
-    for other in {"a", "b"} - {name}:
+    for other in {*WORKERS} - {name}:
         system.stop_consuming(other)
     hold = uuid.uuid4().hex
     answer = invoke(system.urls[0], tool, key="k", hold=hold)
@@ -190,13 +192,13 @@ def test_secrets_are_sealed_until_the_answer(system: System, mcp: McpServer, too
     secret = f"secret-{uuid.uuid4().hex}"
     data = f'{{"mcp_headers": {{"{mcp.url}": {{"X-Token": "{secret}"}}}}}}'
     queue = redis.Redis.from_url(system.env["REDIS_URL"])
-    for name in system.workers:
+    for name in WORKERS:
         system.stop_consuming(name)
     held = invoke(system.urls[0], tool, {HEADERS: data}, key="k", hold="sealed")
     wait_until(lambda: queue.llen(QUEUE), PATIENCE_SECONDS)
     message = json.loads(queue.lrange(QUEUE, 0, 0)[0])
     arguments = json.loads(base64.b64decode(message["body"]))[:2]
-    for name in system.workers:
+    for name in WORKERS:
         system.consume(name)
     mcp.wait_held("sealed", timeout=PATIENCE_SECONDS)
     row = waiting(system)[0]
@@ -246,7 +248,7 @@ def test_a_web_process_that_stops_withdraws_what_no_worker_has(
     system: System, mcp: McpServer, tool: str, tmp_path: Path
 ) -> None:
     """Its client asks another one, so it must not be run for the first as well."""
-    for name in ("a", "b"):
+    for name in WORKERS:
         system.stop_consuming(name)
     url, web = web_process({**system.env, "WEB_GRACE_SECONDS": "0.1"}, tmp_path / "web.log")
     with web:
