@@ -295,5 +295,6 @@ def test_what_a_dead_web_process_asked_for_is_forgotten(
     mcp.release("left")
     wait_until(lambda: waiting(system)[0]["status"] == 200, PATIENCE_SECONDS)
     assert waiting(system)[0]["arguments"] is None
-    system.execute(f"UPDATE tool_requests SET ended_at = ended_at - make_interval(secs => {KEEP_SECONDS})")
+    later = f"make_interval(secs => {KEEP_SECONDS})"
+    system.execute(f"UPDATE tool_requests SET created_at = created_at - {later}, ended_at = ended_at - {later}")
     wait_until(lambda: not waiting(system), PATIENCE_SECONDS)
