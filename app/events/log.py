@@ -1,6 +1,8 @@
 """The log of a turn in Redis: every key, every script.
 
-`caravan:{turn}:log`, a hash: `fence`, the attempt that may append; `lf` and `ln`, fence and number of the last event.
+`caravan:{turn}:log`, a hash: `fence`, the attempt that may append; `lf` and `ln`, fence and number of the last event;
+`lost`, from when a fence was raised without anything known until something is appended: an attempt that dies meanwhile
+must not hide from the next one that there may have been events.
 `caravan:{turn}:tail`, a stream: the events since the last recorded segment; an entry's id is the event's, `a` the id
 that it follows, `k` its kind, `d` its data.
 `caravan:{turn}`, a channel: batches of events, one `after id kind data` a line.
@@ -59,6 +61,7 @@ for i = 5, #ARGV, 4 do
 end
 if #lines > 0 then
   redis.call('HSET', KEYS[1], 'lf', string.format('%.0f', lf), 'ln', string.format('%.0f', ln))
+  redis.call('HDEL', KEYS[1], 'lost')
   redis.call('PUBLISH', ARGV[1], table.concat(lines, '\\n'))
 end
 if ARGV[4] ~= '' then
@@ -72,13 +75,14 @@ return 'ok'
 
 _RAISE = """
 -- ARGV: fence, fence and number of the last recorded event, ttl ms, a higher fence to take back ('' for none)
-local state = redis.call('HMGET', KEYS[1], 'fence', 'lf', 'ln')
+local state = redis.call('HMGET', KEYS[1], 'fence', 'lf', 'ln', 'lost')
 local fence, rf, rn = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 if state[1] and tonumber(state[1]) > fence and state[1] ~= ARGV[5] then return {'stale', {}} end
 redis.call('HSET', KEYS[1], 'fence', ARGV[1])
-local known = 'tail'
+local known = state[4] and 'none' or 'tail'
 if not state[1] then
   known = 'none'
+  redis.call('HSET', KEYS[1], 'lost', '1')
   redis.call('DEL', KEYS[2])
 end
 local lf, ln = tonumber(state[2] or '0'), tonumber(state[3] or '0')

@@ -71,9 +71,27 @@ async def test_raising_the_fence_of_an_unknown_turn_gives_none(log: EventLog) ->
     """None, that is unknown, not an empty tail; the log then begins behind what is recorded."""
     turn_id, recorded = new_turn(), made(3)
     assert await log.raise_fence(turn_id, 2, recorded[-1].id) is None
-    assert await log.raise_fence(turn_id, 2, recorded[-1].id) == []
+    assert await log.raise_fence(turn_id, 2, recorded[-1].id) is None
     assert (await log.read(turn_id, START)).last == recorded[-1].id
     assert await log.append(turn_id, 2, made(1, recorded[-1].id, fence=2)) == "ok"
+
+
+async def test_a_lost_tail_is_lost_until_something_is_appended(log: EventLog, redis: Valkey) -> None:
+    """Redis forgets what clients have seen, and the next attempt dies before it says anything, or the same one does as
+    it writes its events again: the attempt after that must not use their numbers for something else."""
+    turn_id, events = await fenced(log), made(4)
+    await log.append(turn_id, 1, events)
+    recorded = events[1].id
+    redis.flush()
+    assert await log.raise_fence(turn_id, 1, recorded) is None
+    assert await log.raise_fence(turn_id, 3, recorded) is None
+    sync = SyncLog(redis.url)
+    assert sync.raise_fence(turn_id, 4, recorded) is None
+    assert await log.raise_fence(turn_id, 5, recorded) is None
+    behind = made(2, recorded, fence=5)
+    assert await log.append(turn_id, 5, behind) == "ok"
+    assert await log.raise_fence(turn_id, 7, recorded) == behind
+    sync.close()
 
 
 async def test_a_fence_is_lowered_only_by_naming_it(log: EventLog) -> None:
