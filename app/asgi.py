@@ -90,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(
             module.router, prefix="/v1", include_in_schema=False, max_body_size=settings.request_max_bytes
         )
-    # Documents have no limit there, as with the Llama Stack's routes.
+    # Documents have no limit of their own there; requests to the tool runtime do (app.api.tool_requests).
     app.include_router(vectors.router, prefix="/v1", include_in_schema=False)
     app.add_middleware(CurrentPaths)
     errors.install(app, settings.request_max_bytes)

@@ -1,4 +1,4 @@
-"""llama_stack's RAG tools, for a worker, which searches, and the web process, which inserts documents too.
+"""llama_stack's RAG tools, as workers use them: in turns, and for requests to the tool runtime.
 
 Differs from the original: a document that cannot be inserted is an error, where the original logs it, goes on, and
 answers as if all were well; it is fetched under rules (`app.stack.fetching`) and read off the event loop; it is known
