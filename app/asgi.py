@@ -103,7 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Location", "X-Turn-Id", "X-Turn-Status"],
+            expose_headers=["Location", "Retry-After", "X-Should-Retry", "X-Turn-Id", "X-Turn-Status"],
         )
     app.state.stack = stack
     app.mount("/", stack)

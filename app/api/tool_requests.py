@@ -124,8 +124,9 @@ class ToolRequests:
 
     async def close(self) -> None:
         """What no worker has taken is withdrawn: nobody here can tell its answer, and its client makes it again."""
-        for request_id in list(self._unanswered):
-            await self._withdrawn(request_id)
+        if self._unanswered:
+            with suppress(Unavailable):
+                await self._store.run(tool_requests.withdraw, *self._unanswered)
         if self._asking is not None:
             self._asking.cancel()
             with suppress(asyncio.CancelledError):

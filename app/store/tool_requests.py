@@ -134,10 +134,11 @@ def _standing(status: int | None, answer: bytes | None, lost: bool, late: bool) 
     return Standing(lost=lost, late=late)
 
 
-def withdraw(connection: Connection, request_id: str) -> bool:
-    """Before a worker takes it. False: one has."""
+def withdraw(connection: Connection, *request_ids: str) -> bool:
+    """Those that no worker has taken. False: there were none."""
     return (
-        connection.execute(delete(tool_requests).where(tool_requests.c.request_id == request_id, _WAITS)).rowcount > 0
+        connection.execute(delete(tool_requests).where(tool_requests.c.request_id.in_(request_ids), _WAITS)).rowcount
+        > 0
     )
 
 
